@@ -1,0 +1,89 @@
+"""Where an array lives: NumPy arrays on the CPU, CuPy arrays on a GPU. The only file that imports CuPy.
+
+Everywhere else a function asks `array_module(x)` for the module its argument belongs to and calls that, so
+the same forward and backward run on both devices.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+Array = Any  # a numpy.ndarray or a cupy.ndarray
+_HOST = (np.ndarray, np.generic)
+
+CPU_PIECE = 1 << 18  # elements of one piece on a CPU: 1 MiB of float32 stays in a core's second-level cache
+GPU_PIECE = 1 << 24  # a GPU wants large pieces: each one costs a kernel launch
+
+
+def cupy() -> Any:
+    """The CuPy module. Raises ValueError with the remedy where it cannot be imported."""
+    if "cupy" not in sys.modules:
+        try:
+            import cupy  # noqa: F401
+        except ImportError as error:
+            raise ValueError(
+                f"device 'cuda' needs CuPy ({error}); install it with: pip install 'tinylm[cuda]'"
+            ) from None
+    return sys.modules["cupy"]
+
+
+def is_array(x: object) -> bool:
+    """Whether `x` is an array of either module (Python and NumPy scalars are not)."""
+    return isinstance(x, np.ndarray) or ("cupy" in sys.modules and isinstance(x, cupy().ndarray))
+
+
+def array_module(x: Array) -> Any:
+    """numpy or cupy, whichever `x` belongs to."""
+    return np if isinstance(x, _HOST) else cupy()
+
+
+def device_of(x: Array) -> str:
+    """'cpu' or 'cuda'."""
+    return "cpu" if isinstance(x, _HOST) else "cuda"
+
+
+def to_device(x: Array, device: str) -> Array:
+    """`x` on `device`, itself where it is there already. Raises ValueError for an unknown or absent device."""
+    if device == "cpu":
+        return x if isinstance(x, _HOST) else cupy().asnumpy(x)
+    if device == "cuda":
+        try:
+            return cupy().asarray(x)
+        except RuntimeError as error:  # cupy's CUDARuntimeError: no driver, no card, no memory
+            raise ValueError(f"device 'cuda' does not answer: {error}") from None
+    raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
+
+
+def wide(dtype: Any) -> Any:
+    """The dtype in which values of `dtype` are summed: float32 for float16, `dtype` itself otherwise."""
+    return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype)
+
+
+def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Walk equally shaped arrays side by side in flat pieces that stay in cache.
+
+    A chain of ten element-wise passes over a large array moves it ten times between memory and core; over
+    one piece at a time it moves once, and its temporaries are a piece's size, not the array's. All arrays
+    must be C-contiguous (an array of one piece may be anything).
+    """
+    size = CPU_PIECE if isinstance(arrays[0], np.ndarray) else GPU_PIECE
+    if arrays[0].size <= size:
+        yield arrays
+        return
+    flat = [x.reshape(-1) for x in arrays]
+    for start in range(0, flat[0].size, size):
+        yield tuple(x[start : start + size] for x in flat)
+
+
+def scatter_add(total: Array, index: Array, values: Array) -> None:
+    """`total[index] += values` where a repeated index adds each of its values: total (V, C), index (N,), values (N, C)."""
+    if device_of(total) == "cuda":
+        cupy().add.at(total, index, values)
+    elif index.size:
+        # numpy.add.at walks element by element; sorting brings equal indices together, and reduceat sums each run.
+        order = np.argsort(index, kind="stable")
+        runs = index[order]
+        starts = np.flatnonzero(np.r_[True, runs[1:] != runs[:-1]])
+        total[runs[starts]] += np.add.reduceat(values[order], starts, axis=0)

@@ -1,0 +1,291 @@
+"""The tape: reverse-mode automatic differentiation over arrays.
+
+Running an op records one node, and an `Op` instance *is* that node: it holds its parents and the arrays
+that its backward needs. `backward()` walks the nodes from the newest to the oldest and hands each its
+output's gradient. That is all there is to it; the mathematics is in `tinylm/ops/`.
+"""
+
+import itertools
+import threading
+from collections.abc import Sequence
+from contextlib import ContextDecorator
+from typing import TYPE_CHECKING, Any, ClassVar, Union
+
+import numpy as np
+
+from . import registry
+from .array import Array, array_module, device_of, is_array
+
+if TYPE_CHECKING:
+    from .tensor import Tensor
+
+
+class _ThreadState(threading.local):
+    """What recording depends on. Per thread, so that two threads may each run a tape of their own."""
+
+    recording = True
+
+
+_state = _ThreadState()
+_creation = itertools.count()  # a node is always newer than its parents: creation order is a topological order
+
+
+class _Recording(ContextDecorator):
+    """Context manager and decorator that turns this thread's recording on or off."""
+
+    def __init__(self, on: bool):
+        self.on = on
+        self.before: list[bool] = []
+
+    def __enter__(self) -> None:
+        self.before.append(_state.recording)
+        _state.recording = self.on
+
+    def __exit__(self, *_: object) -> None:
+        _state.recording = self.before.pop()
+
+
+def no_grad() -> _Recording:
+    """Record nothing inside the `with` block (or the decorated function): nothing is saved for a backward."""
+    return _Recording(False)
+
+
+def enable_grad() -> _Recording:
+    """Record inside the `with` block even if the surroundings do not."""
+    return _Recording(True)
+
+
+def is_grad_enabled() -> bool:
+    """Whether this thread records."""
+    return _state.recording
+
+
+class Op:
+    """One differentiable operation; an instance is its own graph node.
+
+    Subclasses write `forward(*arrays)`, which returns an array (or a tuple of arrays) and saves what
+    `backward` needs with `self.save`, and `backward(dy)`, which takes the gradient of the loss with respect
+    to the output and returns one per input (None for an input that has none: integers, constants). Both
+    see raw arrays. Keyword parameters of `apply` are attributes.
+
+    An op may change in place only arrays that it allocated: never `dy`, never an input.
+    """
+
+    broadcasts: ClassVar[bool] = False  # operands broadcast and promote; the engine sums and casts gradients back
+
+    parents: tuple[Union["Op", "Tensor", None], ...] | None = ()
+    saved: tuple[Any, ...] = ()
+    needs: tuple[bool, ...] = ()  # needs[i]: somebody wants the gradient of input i
+
+    def __init__(self, **params: Any):
+        self.__dict__.update(params)
+
+    def forward(self, *arrays: Any) -> Any:
+        raise NotImplementedError(f"{self.name()} has no forward")
+
+    def backward(self, *dy: Any) -> Any:
+        raise NotImplementedError(f"{self.name()} has no backward")
+
+    @classmethod
+    def supports(cls, *arrays: Any, **params: Any) -> bool:
+        """For a fused twin: whether it handles these inputs. A new twin supports everything until it says otherwise."""
+        return True
+
+    @classmethod
+    def name(cls) -> str:
+        return cls.__name__
+
+    def save(self, *arrays: Any) -> None:
+        """Keep arrays (or anything else) for backward as `self.saved`; does nothing where nothing is recorded."""
+        if True in self.needs:
+            self.saved = arrays
+
+    @classmethod
+    def apply(cls, *inputs: Any, **params: Any) -> Any:
+        """Run the op on Tensors, arrays and Python scalars, and record it if any input requires a gradient.
+
+        Returns a Tensor, or a tuple of them where forward returns a tuple. Raises ValueError, TypeError or
+        IndexError with the op, the shapes, dtypes and devices it was given.
+        """
+        arrays = []
+        needs = []
+        recording = _state.recording
+        kind = None
+        for x in inputs:
+            if isinstance(x, Tensor):
+                arrays.append(x.data)
+                needs.append(recording and x.requires_grad)
+                x = x.data
+            else:
+                if isinstance(x, np.generic):
+                    x = x.item()  # NumPy's float64 scalars would make a float64 of everything they touch
+                elif not (x is None or isinstance(x, int | float) or is_array(x)):
+                    raise TypeError(
+                        f"{cls.name()} takes Tensors, arrays and numbers, not {type(x).__name__}; try tensor(...)"
+                    )
+                arrays.append(x)
+                needs.append(False)
+            if hasattr(x, "dtype") and type(x) is not kind:
+                if kind is not None:
+                    raise TypeError(
+                        f"{cls.name()}: inputs on different devices: {_describe(arrays)}; move them with .to(...)"
+                    )
+                kind = type(x)
+        op = registry.implementation(cls, arrays, params)(**params)
+        op.needs = tuple(needs)
+        try:
+            y = op.forward(*arrays)
+        except (ValueError, TypeError, IndexError) as error:
+            kinds = (IndexError, ValueError, TypeError)
+            raise next(k for k in kinds if isinstance(error, k))(
+                f"{cls.name()}({_describe(arrays)}): {error}"
+            ) from error
+
+        outputs = y if isinstance(y, tuple) else (y,)
+        if True in needs:
+            op.order = next(_creation)
+            op.parents = tuple(
+                None if not need else x if x.op is None else x.op for x, need in zip(inputs, needs, strict=True)
+            )
+            op.slots = tuple(x.slot if need else 0 for x, need in zip(inputs, needs, strict=True))
+            op.specs = tuple((a.shape, a.dtype) if need else None for a, need in zip(arrays, needs, strict=True))
+            op.outputs = tuple((a.shape, a.dtype) for a in outputs)
+            op.grads = [None] * len(outputs)
+            op.owned = [False] * len(outputs)
+            tensors = tuple(Tensor._of(a, op, slot) for slot, a in enumerate(outputs))
+        else:
+            tensors = tuple(Tensor._of(a, None, 0) for a in outputs)
+        return tensors if isinstance(y, tuple) else tensors[0]
+
+    # Filled in when the node is recorded.
+    order: int
+    slots: tuple[int, ...]  # which output of its parent each input is
+    specs: tuple[tuple[tuple[int, ...], Any] | None, ...]  # shape and dtype of each input that needs a gradient
+    outputs: tuple[tuple[tuple[int, ...], Any], ...]  # the same of each output
+    grads: list[Array | None]  # gradient of each output, as far as it has been summed
+    owned: list[bool]  # whether that array is ours to add to
+
+
+def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) -> None:
+    """Add d(tensor)/d(leaf), contracted with the tensor's gradient, to `leaf.grad` for every leaf that requires it.
+
+    Takes one tensor and its gradient, or a list of each (summed over). A gradient has its tensor's shape and
+    dtype; None stands for 1, for a tensor of one element. Each node is released as soon as it has been walked, so
+    memory falls as backward goes, and what was walked cannot be walked again. Raises RuntimeError for a tensor
+    without a graph, or whose graph is spent, and for gradients of the wrong shape or dtype.
+    """
+    tensors = [tensors] if isinstance(tensors, Tensor) else tensors
+    grads = grads if isinstance(grads, list | tuple) else [grads] * len(tensors)
+    roots = [(tensor, _seed(tensor, grad)) for tensor, grad in zip(tensors, grads, strict=True)]
+    nodes = _reachable([tensor.op for tensor in tensors if tensor.op is not None])
+    for tensor, grad in roots:
+        _accumulate(tensor if tensor.op is None else tensor.op, tensor.slot, grad, owned=False)
+    del tensors, grads, roots
+    while nodes:
+        op = nodes.pop()
+        dys = op.grads if len(op.grads) == 1 else _filled(op.grads, op.outputs)
+        op.grads = []
+        dxs = op.backward(*dys)
+        if not isinstance(dxs, tuple):
+            dxs = (dxs,)
+        parents = op.parents or ()
+        if len(dxs) != len(parents):
+            raise RuntimeError(f"{op.name()}.backward returned {len(dxs)} gradients for {len(parents)} inputs")
+        for i, (parent, dx) in enumerate(zip(parents, dxs, strict=True)):
+            if parent is None:
+                continue
+            spec = op.specs[i]
+            if op.broadcasts and dx is not None and spec is not None:
+                dx = unbroadcast(dx, *spec)
+            if isinstance(dx, np.generic):
+                dx = np.asarray(dx)  # NumPy's arithmetic on arrays of shape () returns scalars
+            _check(f"{op.name()}.backward", f"the gradient of input {i}", dx, spec)
+            # Freshly allocated and returned once: nobody else holds it, so the engine may add to it in place.
+            owned = dx.base is None and not any(dx is dy for dy in dys) and sum(dx is other for other in dxs) == 1
+            _accumulate(parent, op.slots[i], dx, owned)
+        op.parents, op.saved = None, ()
+        del dxs, dys  # otherwise one more node's gradients would stay alive while the next one runs
+
+
+def _seed(tensor: "Tensor", grad: Array | None) -> Array:
+    """The gradient that a root starts with, checked."""
+    if not tensor.requires_grad:
+        raise RuntimeError(
+            "backward() needs a tensor that requires a gradient; this one was made without one (no_grad?)"
+        )
+    if grad is None:
+        if tensor.size != 1:
+            raise RuntimeError(
+                f"backward() of a tensor of shape {tensor.shape} needs a gradient of that shape; or sum() it first"
+            )
+        grad = array_module(tensor.data).ones_like(tensor.data)
+    _check("backward", "the given gradient", grad, (tensor.shape, tensor.dtype))
+    return grad
+
+
+def _reachable(roots: list[Op]) -> list[Op]:
+    """Every node below `roots`, oldest first. A loop, not recursion: graphs are deeper than Python's stack."""
+    seen = set(roots)
+    stack = list(seen)
+    while stack:
+        op = stack.pop()
+        if op.parents is None:
+            raise RuntimeError(
+                f"backward() has already walked {op.name()}, and its saved arrays are gone: run the forward again "
+                "(to add two losses' gradients, add the losses and call backward once)"
+            )
+        for parent in op.parents:
+            if isinstance(parent, Op) and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+    return sorted(seen, key=lambda op: op.order)
+
+
+def _accumulate(target: Union[Op, "Tensor"], slot: int, dx: Array, owned: bool) -> None:
+    """Add `dx` to what `target` has so far. The first gradient is kept as it is; only an owned one is added to in place."""
+    if isinstance(target, Op):
+        before = target.grads[slot]
+        if before is None:
+            target.grads[slot], target.owned[slot] = dx, owned
+        elif target.owned[slot]:
+            before += dx
+        elif owned:
+            dx += before
+            target.grads[slot], target.owned[slot] = dx, True
+        else:
+            target.grads[slot], target.owned[slot] = array_module(dx).asarray(before + dx), True
+    elif target.grad is None:
+        target.grad = dx if owned else dx.copy()  # a leaf always owns its gradient
+    else:
+        target.grad += dx
+
+
+def unbroadcast(dy: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Undo broadcasting and promotion: sum `dy` over the axes that `shape` was stretched along, and cast it to `dtype`."""
+    if dy.shape != shape:
+        extra = dy.ndim - len(shape)
+        stretched = [extra + i for i, n in enumerate(shape) if n == 1 and dy.shape[extra + i] != 1]
+        dy = dy.sum(axis=(*range(extra), *stretched)).reshape(shape)
+    return dy if dy.dtype == dtype else dy.astype(dtype)
+
+
+def _filled(grads: list[Array | None], outputs: Sequence[Any]) -> list[Array]:
+    """The gradients of an op's several outputs, zeros for those that the loss does not depend on."""
+    xp = array_module(next(dy for dy in grads if dy is not None))
+    return [xp.zeros(*spec) if dy is None else dy for dy, spec in zip(grads, outputs, strict=True)]
+
+
+def _check(where: str, what: str, array: Array, spec: Any) -> None:
+    """Raise unless `array` has the shape and dtype of `spec`."""
+    if not is_array(array):
+        raise RuntimeError(f"{where}: {what} is {type(array).__name__}, not an array")
+    if (array.shape, array.dtype) != spec:
+        shape, dtype = spec
+        raise RuntimeError(f"{where}: {what} is {array.shape} {array.dtype}, but must be {shape} {dtype}")
+
+
+def _describe(arrays: Sequence[Any]) -> str:
+    return ", ".join(f"{tuple(a.shape)} {a.dtype} {device_of(a)}" if hasattr(a, "dtype") else repr(a) for a in arrays)
+
+
+from .tensor import Tensor  # noqa: E402  (tensor.py gives Tensors the ops, and those need the Op above)

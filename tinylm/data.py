@@ -1,0 +1,70 @@
+"""Text -> tokens -> batches."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from . import random
+
+BATCHES = 1  # names the stream of batch positions: every other stream of the same seed is independent of it
+
+
+class Vocabulary:
+    """One token per character. `characters` in the order of their ids; sorted, if made from a text."""
+
+    def __init__(self, characters: str):
+        if len(set(characters)) != len(characters) or not characters:
+            raise ValueError("a vocabulary needs at least one character, each of them once")
+        self.characters = characters
+        self._codes = _codes(characters)
+        self._order = np.argsort(self._codes)
+
+    @classmethod
+    def of(cls, text: str) -> "Vocabulary":
+        """The vocabulary of the characters that stand in `text`."""
+        return cls("".join(sorted(set(text))))
+
+    def __len__(self) -> int:
+        return len(self.characters)
+
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids (N,), uint16 or uint32. Raises ValueError that names the characters it does not know."""
+        codes = _codes(text)
+        place = np.searchsorted(self._codes, codes, sorter=self._order).clip(max=len(self) - 1)
+        ids = self._order[place]
+        if not (self._codes[ids] == codes).all():
+            unknown = "".join(sorted(set(text) - set(self.characters)))
+            raise ValueError(f"characters outside the vocabulary: {unknown!r}")
+        return ids.astype(np.uint16 if len(self) <= 1 << 16 else np.uint32)
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of token ids."""
+        return "".join(self.characters[i] for i in ids)
+
+
+def _codes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def split(tokens: np.ndarray, val_fraction: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """(train, val): the last `val_fraction` of the tokens is for validation."""
+    cut = int(len(tokens) * (1 - val_fraction))
+    return tokens[:cut], tokens[cut:]
+
+
+def get_batch(
+    tokens: np.ndarray, batch_size: int, block_size: int, seed: int, step: int, micro: int = 0, micros: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets (n, block_size), int64, of micro-batch `micro` of `micros` of one step.
+
+    A step's batch of `batch_size` sequences depends on (seed, step) alone, and its micro-batches are parts of it, as
+    equal as can be: however it is divided, a step sees the same sequences. A target is the token after the
+    input. Raises ValueError for fewer than block_size + 1 tokens.
+    """
+    positions = len(tokens) - block_size
+    if positions < 1:
+        raise ValueError(f"{len(tokens)} tokens are too few for a block of {block_size} and its target")
+    starts = random.generator(BATCHES, seed, step).integers(positions, size=batch_size)
+    starts = starts[batch_size * micro // micros : batch_size * (micro + 1) // micros]
+    windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
+    return windows[:, :-1], windows[:, 1:]

@@ -1,0 +1,63 @@
+"""Cross-entropy of logits and integer targets, softmax included: one op, stable, one buffer."""
+
+import numpy as np
+
+from ..array import array_module, wide
+from ..autograd import Op
+
+
+class CrossEntropy(Op):
+    """loss_i = log(sum_j exp(x_ij)) - x_i,t(i), so dx_ij = (softmax(x)_ij - [j = t(i)]) * dloss_i.
+
+    The log-probabilities are never formed. forward keeps exp(x - max) in a buffer that it allocated and that
+    nobody else has seen; backward turns this same buffer into dx and hands it over.
+    """
+
+    def forward(self, logits, targets):
+        xp = array_module(logits)
+        self.was, self.dtype = logits.shape, logits.dtype
+        if targets.shape != logits.shape[:-1] or targets.dtype.kind not in "iu":
+            raise ValueError(f"targets must be integers of shape {logits.shape[:-1]}")
+        V = logits.shape[-1]
+        x = logits.reshape(-1, V).astype(wide(logits.dtype), copy=False)  # (N, V)
+        t = targets.reshape(-1)  # (N,)
+        counted = t != self.ignore_index
+        t = xp.where(counted, t, 0)
+        if bool(((t < 0) | (t >= V)).any()):
+            wrong = t[(t < 0) | (t >= V)][0]
+            raise ValueError(f"target {int(wrong)} is outside the vocabulary of {V}")
+
+        each = xp.arange(len(t))
+        e = x - x.max(axis=1, keepdims=True)  # x - max: exp cannot overflow, and one term is exp(0) = 1
+        chosen = e[each, t]
+        xp.exp(e, out=e)
+        total = e.sum(axis=1)
+        loss = xp.where(counted, xp.log(total) - chosen, xp.zeros_like(total))
+
+        weight = counted.astype(e.dtype)
+        if self.reduction == "mean":
+            weight /= max(1, int(counted.sum()))  # every target ignored: the loss is 0, not 0/0
+        self.save(e, total, t, weight)
+        return loss if self.reduction == "none" else (loss * weight).sum()
+
+    def backward(self, dy):
+        e, total, t, weight = self.saved
+        xp = array_module(e)
+        weight = weight * dy.reshape(-1)
+        e *= (weight / total)[:, None]  # softmax(x) * dloss, in place
+        e[xp.arange(len(t)), t] -= weight
+        return e.reshape(self.was).astype(self.dtype, copy=False), None
+
+
+def cross_entropy(logits, targets, ignore_index: int = -100, reduction: str = "mean"):
+    """Negative log-likelihood of `targets` (...) under softmax(`logits`) (..., V); float32 for float16 logits.
+
+    Positions whose target is `ignore_index` count for nothing. `reduction`: 'mean' over the counted positions
+    (0 where none is counted; PyTorch gives NaN), 'sum', or 'none' for a loss each. Logits may be -inf.
+    Raises ValueError for targets outside the vocabulary or of another shape.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"cross_entropy: reduction must be 'mean', 'sum' or 'none', not {reduction!r}")
+    if isinstance(targets, list):
+        targets = np.asarray(targets)
+    return CrossEntropy.apply(logits, targets, ignore_index=ignore_index, reduction=reduction)

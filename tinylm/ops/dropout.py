@@ -1,0 +1,33 @@
+"""Dropout (Srivastava et al., 2014), inverted: what is kept is scaled up, so that nothing changes at evaluation."""
+
+from .. import random
+from ..array import Array
+from ..autograd import Op
+
+
+def keep_mask(key: random.Key, shape: tuple[int, ...], p: float, like: Array) -> Array:
+    """1 / (1 - p) where an element is kept and 0 where it is dropped: the same for the same key, wherever it is asked."""
+    kept = random.uniform(key, shape, like) >= p
+    return kept.astype(like.dtype) * (1 / (1 - p))
+
+
+class Dropout(Op):
+    """y = x * mask. The mask is not saved: backward draws it again from its key."""
+
+    def forward(self, x):
+        return x * keep_mask(self.key, x.shape, self.p, x)
+
+    def backward(self, dy):
+        return dy * keep_mask(self.key, dy.shape, self.p, dy)
+
+
+def dropout(x, p: float, training: bool = True):
+    """Zero each element of `x` with probability `p` and scale the others by 1 / (1 - p); `x` itself if not `training`.
+
+    Raises ValueError unless 0 <= p < 1.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"dropout: p must be at least 0 and below 1, not {p}")
+    if p == 0 or not training:
+        return x
+    return Dropout.apply(x, p=p, key=random.next_key())

@@ -1,0 +1,56 @@
+"""Layer normalisation over the last axis (Ba, Kiros & Hinton, 2016)."""
+
+from ..array import array_module, wide
+from ..autograd import Op
+
+
+class LayerNorm(Op):
+    """y = xhat * w + b with xhat = (x - mean) * rstd and rstd = 1 / sqrt(var + eps), over the last axis.
+
+    With g = dy * w:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)).  The second term is there because x moves
+    the mean, the third because it moves the variance.
+    """
+
+    def forward(self, x, weight, bias):
+        C = x.shape[-1]
+        if weight.shape != (C,) or (bias is not None and bias.shape != (C,)):
+            raise ValueError(f"weight and bias must be of shape ({C},)")
+        xp = array_module(x)
+        x2 = x.reshape(-1, C).astype(wide(x.dtype), copy=False)  # (N, C)
+        xhat = x2 - x2.mean(axis=1, keepdims=True)
+        var = row_dot(xhat, xhat) / C
+        rstd = 1 / xp.sqrt(var + self.eps)  # (N, 1)
+        xhat *= rstd
+        xhat = xhat.astype(x.dtype, copy=False)
+        self.save(xhat, rstd, weight)
+        y = xhat * weight
+        if bias is not None:
+            y += bias
+        return y.reshape(x.shape)
+
+    def backward(self, dy):
+        xhat, rstd, weight = self.saved
+        xp = array_module(xhat)
+        C = xhat.shape[1]
+        dy2 = dy.reshape(-1, C)
+        ones = xp.ones(len(dy2), dy.dtype)
+        g = dy2 * xhat
+        dweight = ones @ g
+        dbias = ones @ dy2 if self.needs[2] else None
+
+        g = dy2 * weight
+        dx = xhat * (row_dot(g, xhat) / -C).astype(g.dtype, copy=False)
+        dx += g
+        dx -= g.mean(axis=1, keepdims=True)
+        dx *= rstd.astype(g.dtype, copy=False)
+        return dx.reshape(dy.shape), dweight, dbias
+
+
+def row_dot(a, b):
+    """sum_c a_nc b_nc: (N, C), (N, C) -> (N, 1) in at least float32, without a temporary of their size."""
+    return array_module(a).einsum("nc,nc->n", a, b, dtype=wide(a.dtype))[:, None]
+
+
+def layer_norm(x, weight, bias=None, eps: float = 1e-5):
+    """Normalise each row x (..., C) to mean 0 and variance 1, then scale by weight (C,) and shift by bias (C,) or None."""
+    return LayerNorm.apply(x, weight, bias, eps=eps)

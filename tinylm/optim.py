@@ -1,0 +1,148 @@
+"""AdamW, gradient clipping by the global norm, and the learning-rate schedule."""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .array import Array, array_module, pieces
+from .nn import Module, Parameter
+
+
+def decay_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups for AdamW: matrices decay; vectors (biases, layer norms) do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+class AdamW:
+    """Adam with decoupled weight decay (Loshchilov & Hutter, 2019), in place.
+
+    With g the gradient and t the number of steps that this parameter has taken:
+
+        p -= lr * weight_decay * p
+        m  = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
+        p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
+
+    `params` is an iterable of Parameters, or of dicts {"params": [...], "lr" and "weight_decay": ...} that override the
+    defaults for their group. A parameter without a gradient is left as it is, and its t stands still. Nothing
+    larger than a cache-sized piece is allocated by a step.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ):
+        given = list(params)
+        groups = given if given and isinstance(given[0], Mapping) else [{"params": given}]
+        if not any(list(group["params"]) for group in groups):
+            raise ValueError("AdamW got no parameters")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"AdamW: betas must be at least 0 and below 1, not {betas}")
+        self.betas = betas
+        self.eps = eps
+        self.groups = [
+            {"lr": lr, "weight_decay": weight_decay, **group, "params": list(group["params"])} for group in groups
+        ]
+        for group in self.groups:
+            if group["lr"] < 0 or group["weight_decay"] < 0:
+                raise ValueError(
+                    f"AdamW: lr and weight_decay must not be negative: {group['lr']}, {group['weight_decay']}"
+                )
+        # per parameter, in the order of `parameters()`, made at its first step
+        self.state: dict[int, dict[str, Any]] = {}
+
+    def parameters(self) -> list[Parameter]:
+        return [p for group in self.groups for p in group["params"]]
+
+    def zero_grad(self) -> None:
+        for p in self.parameters():
+            p.grad = None
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of every group from now on."""
+        for group in self.groups:
+            group["lr"] = lr
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        index = 0
+        for group in self.groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, self._state_of(index, p), group["lr"], group["weight_decay"])
+                index += 1
+
+    def _state_of(self, index: int, p: Parameter) -> dict[str, Any]:
+        if index not in self.state:
+            zeros = array_module(p.data).zeros_like
+            self.state[index] = {"step": 0, "exp_avg": zeros(p.data, order="C"), "exp_avg_sq": zeros(p.data, order="C")}
+        return self.state[index]
+
+    def _update(self, p: Parameter, state: dict[str, Any], lr: float, weight_decay: float) -> None:
+        state["step"] += 1
+        beta1, beta2 = self.betas
+        step_size = lr / (1 - beta1 ** state["step"])
+        rescale = 1 / math.sqrt(1 - beta2 ** state["step"])
+        xp = array_module(p.data)
+        grad = xp.ascontiguousarray(p.grad)
+        for w, g, m, v in pieces(p.data, grad, state["exp_avg"], state["exp_avg_sq"]):
+            if weight_decay:
+                w *= 1 - lr * weight_decay
+            m += (1 - beta1) * (g - m)
+            v *= beta2
+            square = g * g
+            square *= 1 - beta2
+            v += square
+            denominator = xp.sqrt(v, out=square)
+            denominator *= rescale
+            denominator += self.eps
+            update = m / denominator
+            update *= step_size
+            w -= update
+
+
+def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
+    """Scale all gradients by one factor so that their global L2 norm is at most `max_norm`; returns the norm before.
+
+    A norm that is not finite is returned as it is and the gradients are left alone: scaling by it would only
+    spread the damage. The caller decides. (Pascanu, Mikolov & Bengio, 2013.)
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norm = _global_norm(grads)
+    if max_norm < norm < math.inf:
+        for g in grads:
+            g *= max_norm / (norm + 1e-6)
+    return norm
+
+
+def _global_norm(grads: list[Array]) -> float:
+    if not grads:
+        return 0.0
+    flat = [g.reshape(-1) for g in grads]
+    norm = math.sqrt(sum(float(g @ g) for g in flat))
+    if math.isfinite(norm):
+        return norm
+    # A float32 sum of squares overflows at a norm of 1.8e19: scale by the largest entry before saying inf.
+    largest = max(float(abs(g).max()) for g in flat if g.size)
+    if not math.isfinite(largest) or largest == 0:
+        return largest
+    return largest * math.sqrt(sum(float(((g / largest) ** 2).sum()) for g in flat))
+
+
+def warmup_cosine(step: int, steps: int, lr: float, warmup: int, min_lr: float = 0.0) -> float:
+    """The learning rate of step `step` (from 0) of `steps`.
+
+    A line over the first `warmup` steps, which would start from 0 one step before the first and reaches `lr` at
+    step `warmup`; then half a cosine that reaches `min_lr` at step `steps` (Loshchilov & Hutter, 2017).
+    """
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if step >= steps:
+        return min_lr
+    progress = (step - warmup) / (steps - warmup)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,363 @@
+"""Tensor: an array, its gradient, and the op that made it.
+
+The operators and methods are the functions of `tinylm.ops`, under the names that NumPy and PyTorch use.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from . import autograd, ops
+from .array import Array, array_module, device_of, is_array, to_device
+
+
+class Tensor:
+    """An n-dimensional array that remembers how it was computed.
+
+    `data` is the raw array (NumPy or CuPy; its device is the tensor's device) and `grad` the raw array of the
+    same shape and dtype that backward fills, on leaves that require a gradient. Lists and Python floats
+    become float32, or `dtype`; arrays keep their dtype. A tensor of integers or booleans has no gradient.
+    """
+
+    __slots__ = ("data", "grad", "op", "requires_grad", "slot", "__weakref__")
+    __array_ufunc__ = None  # so that `array * tensor` asks the Tensor, instead of making an array of objects
+    __hash__ = object.__hash__
+
+    data: Array
+    grad: Array | None
+    op: autograd.Op | None
+    slot: int
+
+    def __init__(self, data: Any, dtype: Any = None, device: str | None = None, requires_grad: bool = False):
+        if isinstance(data, Tensor):
+            data = data.data
+        if not is_array(data):
+            if dtype is None and not isinstance(data, np.generic) and np.asarray(data).dtype == np.float64:
+                dtype = np.float32
+            data = np.asarray(data)
+        if dtype is not None:
+            data = data.astype(dtype, copy=False)
+        if data.dtype.kind not in "fiub":
+            raise TypeError(f"a Tensor holds floats, integers or booleans, not {data.dtype}")
+        if requires_grad and data.dtype.kind != "f":
+            raise TypeError(f"only a floating tensor can require a gradient, not one of {data.dtype}")
+        self.data = data if device is None else to_device(data, device)
+        self.grad = None
+        self.op = None
+        self.slot = 0
+        self.requires_grad = requires_grad
+
+    @staticmethod
+    def _of(data: Array, op: autograd.Op | None, slot: int) -> "Tensor":
+        """An op's output, without the checks of `Tensor(...)`."""
+        self = Tensor.__new__(Tensor)
+        self.data = np.asarray(data) if isinstance(data, np.generic) else data  # NumPy's sums return scalars
+        self.grad = None
+        self.op = op
+        self.slot = slot
+        self.requires_grad = op is not None
+        return self
+
+    # --- what it is -------------------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self.data.dtype
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.data.size
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    @property
+    def device(self) -> str:
+        """'cpu' or 'cuda'."""
+        return device_of(self.data)
+
+    @property
+    def is_leaf(self) -> bool:
+        """Whether no recorded op made it; backward leaves gradients on leaves only."""
+        return self.op is None
+
+    def __repr__(self) -> str:
+        values = np.array2string(self.numpy(), separator=", ", prefix="Tensor(", threshold=100, precision=4)
+        notes = [f"shape={self.shape}", f"dtype={self.dtype}", f"device={self.device}"]
+        if self.op is not None:
+            notes.append(f"op={self.op.name()}")
+        elif self.requires_grad:
+            notes.append("requires_grad=True")
+        return f"{type(self).__name__}({values}, {', '.join(notes)})"
+
+    def __len__(self) -> int:
+        if self.ndim == 0:
+            raise TypeError("a Tensor of shape () has no len()")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator["Tensor"]:
+        return (self[i] for i in range(len(self)))
+
+    # --- values -----------------------------------------------------------------------------------------------
+
+    def numpy(self) -> np.ndarray:
+        """The values as a NumPy array: the tensor's own memory on a CPU, a copy from a GPU."""
+        return to_device(self.data, "cpu")
+
+    def item(self) -> Any:
+        """The only value as a Python number. Raises ValueError unless the tensor has one element."""
+        if self.size != 1:
+            raise ValueError(f"item() needs a tensor of one element; this one has shape {self.shape}")
+        return self.data.item()
+
+    def tolist(self) -> Any:
+        return self.data.tolist()
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ValueError(f"the truth of a tensor of shape {self.shape} is ambiguous; use .any() or .all()")
+        return bool(self.data.item())
+
+    def any(self) -> bool:
+        return bool(self.data.any())
+
+    def all(self) -> bool:
+        return bool(self.data.all())
+
+    def argmax(self, axis: int | None = None) -> "Tensor":
+        return Tensor(array_module(self.data).asarray(self.data.argmax(axis=axis)))
+
+    # --- gradients --------------------------------------------------------------------------------------------
+
+    def backward(self, grad: Any = None) -> None:
+        """Add this tensor's gradient to `.grad` of every leaf it depends on; see `autograd.backward`."""
+        autograd.backward(self, grad.data if isinstance(grad, Tensor) else grad)
+
+    def detach(self) -> "Tensor":
+        """The same values (and memory), cut off from the graph."""
+        return Tensor(self.data)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Tensor":
+        """Ask for a gradient on this leaf, or stop asking; returns the tensor itself."""
+        if self.op is not None:
+            raise RuntimeError(
+                f"requires_grad_ is for leaves; this tensor was made by {self.op.name()} (detach() it first)"
+            )
+        if requires_grad and self.dtype.kind != "f":
+            raise TypeError(f"only a floating tensor can require a gradient, not one of {self.dtype}")
+        self.requires_grad = requires_grad
+        return self
+
+    def clone(self) -> "Tensor":
+        """A copy with memory of its own, through which gradients flow."""
+        return ops.clone(self)
+
+    def zero_grad(self) -> None:
+        self.grad = None
+
+    # --- where and as what ------------------------------------------------------------------------------------
+
+    def to(self, target: Any) -> "Tensor":
+        """On another device ('cpu', 'cuda': a new leaf, outside the graph) or in another dtype (recorded)."""
+        if target in ("cpu", "cuda"):
+            if target == self.device:
+                return self
+            return Tensor(self.data, device=target, requires_grad=self.requires_grad and self.is_leaf)
+        return ops.cast(self, target)
+
+    def cpu(self) -> "Tensor":
+        return self.to("cpu")
+
+    def cuda(self) -> "Tensor":
+        return self.to("cuda")
+
+    def astype(self, dtype: Any) -> "Tensor":
+        return ops.cast(self, dtype)
+
+    def half(self) -> "Tensor":
+        return ops.cast(self, np.float16)
+
+    def float(self) -> "Tensor":
+        return ops.cast(self, np.float32)
+
+    def double(self) -> "Tensor":
+        return ops.cast(self, np.float64)
+
+    # --- operators --------------------------------------------------------------------------------------------
+
+    def __add__(self, other: Any) -> "Tensor":
+        return ops.add(self, other)
+
+    def __radd__(self, other: Any) -> "Tensor":
+        return ops.add(other, self)
+
+    def __sub__(self, other: Any) -> "Tensor":
+        return ops.sub(self, other)
+
+    def __rsub__(self, other: Any) -> "Tensor":
+        return ops.sub(other, self)
+
+    def __mul__(self, other: Any) -> "Tensor":
+        return ops.mul(self, other)
+
+    def __rmul__(self, other: Any) -> "Tensor":
+        return ops.mul(other, self)
+
+    def __truediv__(self, other: Any) -> "Tensor":
+        return ops.div(self, other)
+
+    def __rtruediv__(self, other: Any) -> "Tensor":
+        return ops.div(other, self)
+
+    def __pow__(self, exponent: Any) -> "Tensor":
+        return ops.pow(self, exponent)
+
+    def __matmul__(self, other: Any) -> "Tensor":
+        return ops.matmul(self, other)
+
+    def __rmatmul__(self, other: Any) -> "Tensor":
+        return ops.matmul(other, self)
+
+    def __neg__(self) -> "Tensor":
+        return ops.neg(self)
+
+    def __pos__(self) -> "Tensor":
+        return self
+
+    def __getitem__(self, index: Any) -> "Tensor":
+        return ops.index(self, index)
+
+    # Comparisons give tensors of booleans, outside the graph.
+
+    def __eq__(self, other: Any) -> Any:
+        return Tensor(self.data == _raw(other)) if _comparable(other) else NotImplemented
+
+    def __ne__(self, other: Any) -> Any:
+        return Tensor(self.data != _raw(other)) if _comparable(other) else NotImplemented
+
+    def __lt__(self, other: Any) -> "Tensor":
+        return Tensor(self.data < _raw(other))
+
+    def __le__(self, other: Any) -> "Tensor":
+        return Tensor(self.data <= _raw(other))
+
+    def __gt__(self, other: Any) -> "Tensor":
+        return Tensor(self.data > _raw(other))
+
+    def __ge__(self, other: Any) -> "Tensor":
+        return Tensor(self.data >= _raw(other))
+
+    # --- element-wise -----------------------------------------------------------------------------------------
+
+    def exp(self) -> "Tensor":
+        return ops.exp(self)
+
+    def log(self) -> "Tensor":
+        return ops.log(self)
+
+    def sqrt(self) -> "Tensor":
+        return ops.sqrt(self)
+
+    def tanh(self) -> "Tensor":
+        return ops.tanh(self)
+
+    def relu(self) -> "Tensor":
+        return ops.relu(self)
+
+    def gelu(self) -> "Tensor":
+        return ops.gelu(self)
+
+    def pow(self, exponent: Any) -> "Tensor":
+        return ops.pow(self, exponent)
+
+    def maximum(self, other: Any) -> "Tensor":
+        return ops.maximum(self, other)
+
+    # --- reductions and softmax -------------------------------------------------------------------------------
+
+    def sum(self, axis: Any = None, keepdims: bool = False) -> "Tensor":
+        return ops.sum(self, axis, keepdims)
+
+    def mean(self, axis: Any = None, keepdims: bool = False) -> "Tensor":
+        return ops.mean(self, axis, keepdims)
+
+    def max(self, axis: Any = None, keepdims: bool = False) -> "Tensor":
+        return ops.max(self, axis, keepdims)
+
+    def var(self, axis: Any = None, keepdims: bool = False, ddof: int = 0) -> "Tensor":
+        return ops.var(self, axis, keepdims, ddof)
+
+    def logsumexp(self, axis: Any = None, keepdims: bool = False) -> "Tensor":
+        return ops.logsumexp(self, axis, keepdims)
+
+    def softmax(self, axis: int = -1) -> "Tensor":
+        return ops.softmax(self, axis)
+
+    def log_softmax(self, axis: int = -1) -> "Tensor":
+        return ops.log_softmax(self, axis)
+
+    def matmul(self, other: Any) -> "Tensor":
+        return ops.matmul(self, other)
+
+    # --- shape ------------------------------------------------------------------------------------------------
+
+    def reshape(self, *shape: Any) -> "Tensor":
+        return ops.reshape(self, *shape)
+
+    view = reshape
+
+    def flatten(self) -> "Tensor":
+        return ops.reshape(self, -1)
+
+    def transpose(self, *axes: Any) -> "Tensor":
+        return ops.transpose(self, *axes)
+
+    permute = transpose
+
+    @property
+    def T(self) -> "Tensor":
+        return ops.transpose(self)
+
+    def swapaxes(self, axis1: int, axis2: int) -> "Tensor":
+        return ops.swapaxes(self, axis1, axis2)
+
+    def expand_dims(self, axis: Any) -> "Tensor":
+        return ops.expand_dims(self, axis)
+
+    unsqueeze = expand_dims
+
+    def squeeze(self, axis: Any = None) -> "Tensor":
+        return ops.squeeze(self, axis)
+
+    def split(self, sections: Any, axis: int = 0) -> tuple["Tensor", ...]:
+        return ops.split(self, sections, axis)
+
+
+def _raw(x: Any) -> Any:
+    return x.data if isinstance(x, Tensor) else x
+
+
+def _comparable(x: Any) -> bool:
+    return isinstance(x, Tensor | int | float | np.generic) or is_array(x)
+
+
+def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_grad: bool = False) -> Tensor:
+    """A Tensor of a list, number or array; see `Tensor`."""
+    return Tensor(data, dtype, device, requires_grad)
