@@ -1,0 +1,67 @@
+"""`pytest --device cpu|cuda`, and the `device` fixture: every test that asks for it runs once on each device.
+
+By default those are "cpu" (NumPy) and "strict" (the stand-in for CuPy of `strict_cupy.py`, no GPU needed); with
+`--device cuda` it is "cuda" (CuPy itself), with `--device cpu` NumPy alone.
+"""
+
+import os
+import sys
+
+import hypothesis
+import pytest
+import strict_cupy
+from helpers import Device
+
+from tinylm import random
+
+# The same examples in every run, and no time limit on one: a test that fails has found something.
+hypothesis.settings.register_profile(
+    "tinylm",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=int(os.environ.get("HYPOTHESIS_EXAMPLES", "10")),
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("tinylm")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", choices=("cpu", "cuda"), help="run the tests of ops and layers on this device alone")
+
+
+def pytest_configure(config):
+    if config.getoption("--device") == "cuda":
+        try:
+            import cupy
+
+            cupy.zeros(1)
+        except Exception as error:
+            raise pytest.UsageError(f"--device cuda: CuPy does not answer: {error}") from None
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        chosen = metafunc.config.getoption("--device")
+        metafunc.parametrize("device", [chosen] if chosen else ["cpu", "strict"], indirect=True)
+
+
+@pytest.fixture
+def device(request, monkeypatch):
+    """The `Device` of this run of the test."""
+    if request.param == "strict":
+        monkeypatch.setitem(sys.modules, "cupy", strict_cupy.module)
+    return Device("cpu" if request.param == "cpu" else "cuda")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """No test depends on how many random numbers the ones before it drew."""
+    random.seed(0)
+
+
+@pytest.fixture
+def strict_cupy_module(monkeypatch):
+    """The stand-in for CuPy in force, where a test needs both devices at once."""
+    monkeypatch.setitem(sys.modules, "cupy", strict_cupy.module)
+    return strict_cupy.module
