@@ -7,8 +7,8 @@ output's gradient. That is all there is to it; the mathematics is in `tinylm/ops
 
 import itertools
 import threading
-from collections.abc import Sequence
-from contextlib import ContextDecorator
+from collections.abc import Iterator, Sequence
+from contextlib import _GeneratorContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import numpy as np
@@ -30,29 +30,24 @@ _state = _ThreadState()
 _creation = itertools.count()  # a node is always newer than its parents: creation order is a topological order
 
 
-class _Recording(ContextDecorator):
-    """Context manager and decorator that turns this thread's recording on or off."""
-
-    def __init__(self, on: bool):
-        self.on = on
-        self.before: list[bool] = []
-
-    def __enter__(self) -> None:
-        self.before.append(_state.recording)
-        _state.recording = self.on
-
-    def __exit__(self, *_: object) -> None:
-        _state.recording = self.before.pop()
+@contextmanager
+def _recording(on: bool) -> Iterator[None]:
+    """Turn this thread's recording on or off; as a decorator, anew for each call, in whichever thread it runs."""
+    before, _state.recording = _state.recording, on
+    try:
+        yield
+    finally:
+        _state.recording = before
 
 
-def no_grad() -> _Recording:
+def no_grad() -> _GeneratorContextManager[None]:
     """Record nothing inside the `with` block (or the decorated function): nothing is saved for a backward."""
-    return _Recording(False)
+    return _recording(False)
 
 
-def enable_grad() -> _Recording:
+def enable_grad() -> _GeneratorContextManager[None]:
     """Record inside the `with` block even if the surroundings do not."""
-    return _Recording(True)
+    return _recording(True)
 
 
 def is_grad_enabled() -> bool:
@@ -200,11 +195,12 @@ def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) ->
             if isinstance(dx, np.generic):
                 dx = np.asarray(dx)  # NumPy's arithmetic on arrays of shape () returns scalars
             _check(f"{op.name()}.backward", f"the gradient of input {i}", dx, spec)
-            # Freshly allocated and returned once: nobody else holds it, so the engine may add to it in place.
-            owned = dx.base is None and not any(dx is dy for dy in dys) and sum(dx is other for other in dxs) == 1
+            # Freshly allocated and returned once, views included: nobody else holds it, so the engine may add to it in place.
+            held = sum(dx is other or dx is getattr(other, "base", None) for other in dxs)
+            owned = dx.base is None and held == 1 and not any(dx is dy for dy in dys)
             _accumulate(parent, op.slots[i], dx, owned)
         op.parents, op.saved = None, ()
-        del dxs, dys  # otherwise one more node's gradients would stay alive while the next one runs
+        del dxs, dys, dx  # otherwise one more node's gradients would stay alive while the next one runs
 
 
 def _seed(tensor: "Tensor", grad: Array | None) -> Array:

@@ -1,0 +1,705 @@
+"""The tape: what it adds up, whom it leaves alone, what it lets go of."""
+
+import gc
+import threading
+import tracemalloc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+
+import tinylm
+from tinylm import GPT, GPTConfig, Op, enable_grad, is_grad_enabled, no_grad, ops, tensor
+from tinylm.autograd import backward
+from tinylm.optim import AdamW
+
+
+def leaf(*shape, seed=0, dtype=np.float64):
+    """A leaf of random numbers that wants a gradient; a scalar without `shape`."""
+    return tensor(np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype), requires_grad=True)
+
+
+def noise(*shape, seed=1):
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+class Twice(Op):
+    """2x, whose backward may be replaced by a wrong one: `Twice.apply(x, wrong=lambda dy: ...)`."""
+
+    wrong = None
+
+    def forward(self, *xs):
+        return 2 * xs[0]
+
+    def backward(self, dy):
+        return self.wrong(dy) if self.wrong else 2 * dy
+
+
+class Pass(Op):
+    """The identity, written so that its output, its input and both gradients are one and the same array."""
+
+    def forward(self, x):
+        return x
+
+    def backward(self, dy):
+        return dy
+
+
+# --- sums over the graph ----------------------------------------------------------------------------------------
+
+# Each runs in both libraries: only operators and methods that they share.
+GRAPHS = {
+    "a + a": lambda a, b: a + a,
+    "a * a": lambda a, b: a * a,
+    "a - a": lambda a, b: a - a * b,
+    "a / a": lambda a, b: a / (a * a + 1),
+    "one leaf in many ops": lambda a, b: a.exp() * a + a.tanh() - a * (a + b) + (a @ b) * a,
+    "diamond": lambda a, b: (lambda h: h.exp() * h.tanh())(a * b),
+    "diamond of diamonds": lambda a, b: (lambda h: (lambda g: g * g + g)(h + h * b))(a + a * b),
+    "one gradient for two parents, then more for one": lambda a, b: (lambda z: (lambda w: w * 3 + z)(z + a))(a + b),
+    "a view and its owner": lambda a, b: (lambda h: h + h.reshape(-1).reshape(h.shape) * 2 + h.T.T)(a * b),
+    "views of the gradient first": lambda a, b: (lambda h: h.T + h.reshape(h.shape) + h * h)(a * b),
+    "both sides twice": lambda a, b: (lambda s, t: (s + t) + (s + t) * (t + s))(a * 2, b * 3),
+    "a sum's broadcast gradient": lambda a, b: (lambda h: h.sum() + (h * h).sum() + h.mean() * a.sum())(a + b),
+    "a leaf is the result of nothing else": lambda a, b: a + b,
+}
+
+
+@pytest.mark.parametrize("graph", GRAPHS.values(), ids=GRAPHS)
+def test_gradients_add_up_as_in_pytorch(graph):
+    a, b = leaf(3, 3, seed=1), leaf(3, 3, seed=2)
+    a_, b_ = (torch.tensor(x.numpy().copy(), requires_grad=True) for x in (a, b))
+    y, y_ = graph(a, b), graph(a_, b_)
+    dy = noise(*y.shape)
+    y.backward(dy)
+    y_.backward(torch.tensor(dy))
+    np.testing.assert_allclose(y.numpy(), y_.detach(), rtol=1e-12)
+    np.testing.assert_allclose(a.grad, a_.grad, rtol=1e-12, atol=1e-12)
+    if b_.grad is not None:
+        np.testing.assert_allclose(b.grad, b_.grad, rtol=1e-12, atol=1e-12)
+
+
+def test_random_graphs_agree_with_pytorch():
+    """Thirty graphs of forty ops each on operands drawn from all that came before: every pattern of sharing."""
+    binary = [lambda a, b: a + b, lambda a, b: a * b, lambda a, b: a - b]
+    unary = [lambda a, b: a.tanh(), lambda a, b: a.reshape(-1).reshape(2, 3), lambda a, b: a * 0.5, lambda a, b: -a]
+    for seed in range(30):
+        draw = np.random.default_rng(seed)
+        mine = [leaf(2, 3, seed=seed), leaf(2, 3, seed=seed + 99)]
+        theirs = [torch.tensor(x.numpy().copy(), requires_grad=True) for x in mine]
+        for _ in range(40):
+            f = draw.choice([*binary, *unary])
+            i, j = draw.integers(max(0, len(mine) - 8), len(mine), 2)
+            mine.append(f(mine[i], mine[j]).tanh())
+            theirs.append(f(theirs[i], theirs[j]).tanh())
+        dy = draw.standard_normal((2, 3))
+        backward(mine[-3:], [dy, dy, 2 * dy])
+        torch.autograd.backward(theirs[-3:], [torch.tensor(g) for g in (dy, dy, 2 * dy)])
+        for x, x_ in zip(mine[:2], theirs[:2], strict=True):
+            assert (x.grad is None) == (x_.grad is None)
+            if x.grad is not None:
+                np.testing.assert_allclose(x.grad, x_.grad, rtol=1e-9, atol=1e-12)
+
+
+def test_gradients_accumulate_on_leaves_over_backward_calls():
+    a = leaf(3)
+    (a * 2).sum().backward()
+    first = a.grad.copy()
+    (a * 5).sum().backward()
+    np.testing.assert_array_equal(first, [2, 2, 2])
+    np.testing.assert_array_equal(a.grad, [7, 7, 7])
+    a.zero_grad()
+    assert a.grad is None
+
+
+def test_only_leaves_that_require_a_gradient_get_one():
+    a, constant = leaf(3), tensor(noise(3))
+    h = a * constant
+    h.sum().backward()
+    assert constant.grad is None
+    assert h.grad is None
+    assert not constant.requires_grad
+    assert h.requires_grad
+    assert not h.is_leaf
+
+
+def test_several_roots_in_one_backward():
+    a = leaf(3)
+    h = a * a
+    backward([(h * 2).sum(), h, a], [None, np.array([1.0, 0, 0]), np.ones(3)])
+    np.testing.assert_allclose(a.grad, 2 * a.numpy() * (2 + np.array([1, 0, 0])) + 1)
+
+
+def test_the_same_root_twice_counts_twice():
+    a = leaf()
+    y = a * 3
+    backward([y, y])
+    assert a.grad == 6
+
+
+def test_a_root_below_another_root_gets_both_gradients():
+    a = leaf()
+    h = a * 3
+    backward([h, h * 2])
+    assert a.grad == 9
+
+
+def test_a_scalar_leaf_may_be_its_own_loss():
+    a = leaf()
+    a.backward()
+    assert a.grad == 1
+    assert a.grad.shape == ()
+
+
+def test_unused_outputs_of_a_split_get_zeros():
+    a = leaf(6)
+    _, middle, _ = a.split(3)
+    (middle * tensor(np.array([2.0, 3.0]))).sum().backward()
+    np.testing.assert_array_equal(a.grad, [0, 0, 2, 3, 0, 0])
+
+
+def test_every_output_of_a_split_goes_to_its_own_place():
+    a = leaf(6)
+    parts = a.split(3)
+    (parts[2] * 5 + parts[0] * 2 + parts[0]).sum().backward()  # another order, one of them twice
+    np.testing.assert_array_equal(a.grad, [3, 3, 0, 0, 5, 5])
+
+
+# --- deep graphs --------------------------------------------------------------------------------------------------
+
+
+def test_graphs_100_000_ops_deep():
+    a = leaf()
+    y = a
+    for _ in range(100_000):
+        y = y + 1.0
+    y.backward()
+    assert a.grad == 1
+
+
+@pytest.mark.parametrize("walked", [True, False])
+def test_deep_graphs_are_deleted_at_once_without_recursion(walked):
+    a = leaf()
+    y = a * 1.0
+    oldest = weakref.ref(y.op)
+    for _ in range(100_000):
+        y = y * 1.0
+    if walked:
+        y.backward()
+    del y
+    assert oldest() is None
+
+
+def test_a_deep_ladder_is_walked_once_a_node():
+    """2^200 paths lead from the loss to the leaf: only a walk that sums first and goes down once ends."""
+    a = leaf()
+    y = a
+    for _ in range(200):
+        y = (y + y) * 0.5
+    y.backward()
+    assert a.grad == 1
+
+
+# --- whose array it is --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        lambda a, b: a + b,
+        lambda a, b: Pass.apply(a) + Pass.apply(b),
+        lambda a, b: (a + b) + a,
+        lambda a, b: a + (a + b),
+        lambda a, b: a.reshape(4).reshape(2, 2) + b.T.T,
+        lambda a, b: (a + b) * 1.0 + (a + b),
+        lambda a, b: ops.concatenate([a, b])[:2] + ops.concatenate([b, a])[:2],
+    ],
+)
+def test_the_users_gradient_is_not_touched_and_leaves_share_no_memory(graph):
+    a, b = leaf(2, 2), leaf(2, 2, seed=3)
+    seed = noise(2, 2)
+    before = seed.copy()
+    for _ in range(2):  # the second time adds to what the first left on the leaves
+        graph(a, b).backward(seed)
+        np.testing.assert_array_equal(seed, before)
+        assert not np.shares_memory(a.grad, seed)
+        assert not np.shares_memory(b.grad, seed)
+        assert not np.shares_memory(a.grad, b.grad)
+    a.grad *= 0  # clipping does this
+    np.testing.assert_array_equal(seed, before)
+    assert b.grad.all()
+
+
+def test_a_gradient_that_is_a_view_of_another_is_not_added_to():
+    """An op may give one parent an array and the other a view of it."""
+
+    class Both(Op):
+        def forward(self, a, b):
+            return a + b.T
+
+        def backward(self, dy):
+            dx = dy * 1.0
+            return dx, dx.T
+
+    a, b = leaf(2, 2), leaf(2, 2, seed=3)
+    h, g = a * 1.0, b * 1.0
+    extra = h * 5.0  # older than Both, so its gradient is added to what Both gave h before g is walked
+    y = Both.apply(h, g) + extra
+    y.sum().backward()
+    np.testing.assert_array_equal(a.grad, np.full((2, 2), 6.0))
+    np.testing.assert_array_equal(b.grad, np.ones((2, 2)))
+    assert not np.shares_memory(a.grad, b.grad)
+
+
+def test_inputs_and_saved_arrays_are_not_changed_by_backward():
+    a, b = leaf(3, 3), leaf(3, 3, seed=5)
+    before = a.numpy().copy(), b.numpy().copy()
+    h = (a * b).tanh()
+    value = h.numpy().copy()
+    (h @ a + h * h).softmax().sum().backward()
+    for now, then in zip((a.numpy(), b.numpy(), h.numpy()), (*before, value), strict=True):
+        np.testing.assert_array_equal(now, then)
+
+
+def test_leaf_gradients_have_the_dtype_and_shape_of_the_leaf():
+    a, b = leaf(3, dtype=np.float32), leaf(2, 3, dtype=np.float64)
+    (a * b).sum().backward()
+    assert (a.grad.dtype, a.grad.shape) == (np.float32, (3,))
+    assert (b.grad.dtype, b.grad.shape) == (np.float64, (2, 3))
+    np.testing.assert_allclose(a.grad, b.numpy().sum(0), rtol=1e-6)
+
+
+# --- what is refused ----------------------------------------------------------------------------------------------
+
+
+def test_a_second_backward_raises_and_names_the_op():
+    a = leaf(3)
+    loss = a.tanh().sum()
+    loss.backward()
+    grad = a.grad.copy()
+    with pytest.raises(RuntimeError, match=r"already walked Sum.*run the forward again"):
+        loss.backward()
+    np.testing.assert_array_equal(a.grad, grad)
+
+
+def test_a_backward_into_a_spent_part_of_the_graph_raises_and_changes_nothing():
+    a, b = leaf(3), leaf(3)
+    h = a.tanh()
+    h.sum().backward()
+    grad = a.grad.copy()
+    with pytest.raises(RuntimeError, match="already walked Tanh"):
+        (h * b).sum().backward()
+    np.testing.assert_array_equal(a.grad, grad)
+    assert b.grad is None
+
+
+def test_backward_of_more_than_one_element_needs_a_gradient():
+    with pytest.raises(RuntimeError, match=r"shape \(3,\) needs a gradient of that shape; or sum\(\) it"):
+        (leaf(3) * 2).backward()
+
+
+@pytest.mark.parametrize(
+    ("grad", "message"),
+    [
+        (np.ones(2), r"the given gradient is \(2,\) float64, but must be \(3,\) float64"),
+        (np.ones(3, np.float32), r"the given gradient is \(3,\) float32, but must be \(3,\) float64"),
+        (2.0, "the given gradient is float, not an array"),
+    ],
+)
+def test_a_given_gradient_of_the_wrong_kind_is_refused(grad, message):
+    with pytest.raises(RuntimeError, match=message):
+        (leaf(3) * 2).backward(grad)
+
+
+def test_backward_without_a_graph_raises():
+    with pytest.raises(RuntimeError, match="requires a gradient"):
+        tensor([1.0]).backward()
+    with no_grad():
+        y = leaf() * 2
+    with pytest.raises(RuntimeError, match="no_grad"):
+        y.backward()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda dy: dy[:1], r"Twice.backward: the gradient of input 0 is \(1,\) float64, but must be \(3,\) float64"),
+        (lambda dy: dy.astype(np.float32), r"Twice.backward: the gradient of input 0 is \(3,\) float32, but must be"),
+        (lambda dy: None, "Twice.backward: the gradient of input 0 is NoneType, not an array"),
+        (lambda dy: 2.0, "Twice.backward: the gradient of input 0 is float, not an array"),
+        (lambda dy: (dy, dy), "Twice.backward returned 2 gradients for 1 inputs"),
+        (lambda dy: (), "Twice.backward returned 0 gradients for 1 inputs"),
+    ],
+)
+def test_a_wrong_gradient_of_an_op_is_named(wrong, message):
+    y = Twice.apply(leaf(3) * 1.0, wrong=wrong)
+    with pytest.raises(RuntimeError, match=message):
+        y.sum().backward()
+
+
+def test_the_wrong_gradients_input_is_numbered():
+    y = Twice.apply(leaf(3), leaf(2), wrong=lambda dy: (2 * dy, dy))
+    with pytest.raises(RuntimeError, match=r"input 1 is \(3,\) float64, but must be \(2,\)"):
+        y.sum().backward()
+
+
+def test_none_is_a_gradient_for_an_input_that_wants_none():
+    a, constant = leaf(3), tensor(noise(3))
+    Twice.apply(a, constant, wrong=lambda dy: (2 * dy, None)).sum().backward()
+    np.testing.assert_array_equal(a.grad, [2, 2, 2])
+
+
+@pytest.mark.parametrize("data", [[1, 2], np.array([True]), np.arange(3, dtype=np.uint8)])
+def test_integers_and_booleans_have_no_gradient(data):
+    with pytest.raises(TypeError, match="only a floating tensor can require a gradient"):
+        tensor(data, requires_grad=True)
+    with pytest.raises(TypeError, match="only a floating tensor can require a gradient"):
+        tensor(data).requires_grad_()
+
+
+def test_requires_grad_is_for_leaves():
+    with pytest.raises(RuntimeError, match=r"made by Tanh \(detach\(\) it first\)"):
+        leaf(3).tanh().requires_grad_()
+
+
+# --- recording ----------------------------------------------------------------------------------------------------
+
+
+def test_no_grad_records_nothing_and_saves_nothing():
+    a = leaf(3)
+    ops_made = []
+
+    class Watched(Op):
+        def forward(self, x):
+            self.save(x)
+            ops_made.append(self)
+            return x + 1
+
+        def backward(self, dy):
+            return dy
+
+    with no_grad():
+        assert not is_grad_enabled()
+        y = Watched.apply(a)
+    assert is_grad_enabled()
+    assert y.op is None
+    assert not y.requires_grad
+    assert ops_made[0].saved == ()
+    assert Watched.apply(a).op.saved == (a.data,)
+
+
+def test_nothing_is_saved_for_inputs_that_need_no_gradient():
+    x, w = tensor(noise(4, 3)), leaf(2, 3)
+    assert (x * x).op is None
+    saved = ops.linear(x, w).op.saved  # only the weight wants one, so only x is kept
+    assert [s is not None for s in saved] == [True, False]
+    saved = ops.mul(leaf(3), tensor(noise(3))).op.saved
+    assert [s is not None for s in saved] == [False, True]
+    saved = ops.matmul(tensor(noise(2, 4)), x := leaf(4, 3)).op.saved
+    assert [s is not None for s in saved] == [True, False]
+    assert ops.add(x, 1.0).op.saved == ()
+
+
+def test_no_grad_and_enable_grad_nest_and_end_with_an_exception():
+    with no_grad():
+        with enable_grad():
+            assert is_grad_enabled()
+            with no_grad():
+                assert not is_grad_enabled()
+            assert is_grad_enabled()
+        assert not is_grad_enabled()
+    with pytest.raises(KeyError), no_grad():
+        raise KeyError
+    assert is_grad_enabled()
+
+
+def test_no_grad_as_a_decorator():
+    @no_grad()
+    def countdown(n):
+        assert not is_grad_enabled()
+        return n if n == 0 else countdown(n - 1)
+
+    assert countdown(3) == 0
+    assert is_grad_enabled()
+
+    @no_grad()
+    def fails():
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        fails()
+    assert is_grad_enabled()
+
+
+def test_detach_cuts_the_graph_and_shares_the_memory():
+    a = leaf(3)
+    h = a * 2
+    d = h.detach()
+    assert d.data is h.data
+    assert d.is_leaf
+    assert not d.requires_grad
+    (h * d).sum().backward()
+    np.testing.assert_allclose(a.grad, 2 * h.numpy())
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+
+
+def in_threads(*functions):
+    """Run the functions at once, each in a thread of its own; raises what they raised."""
+    errors = []
+
+    def run(f):
+        try:
+            f()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(f,)) for f in functions]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(20)
+    assert not any(t.is_alive() for t in threads)
+    if errors:
+        raise errors[0]
+
+
+def test_recording_is_per_thread():
+    meet = threading.Barrier(2, timeout=10)
+
+    def off():
+        with no_grad():
+            meet.wait()
+            assert (leaf() * 2).op is None
+            meet.wait()
+
+    def on():
+        meet.wait()
+        assert is_grad_enabled()
+        assert (leaf() * 2).op is not None
+        meet.wait()
+
+    in_threads(off, on)
+    with no_grad():
+        in_threads(lambda: leaf().backward())  # a new thread records, whatever its parent does
+
+
+def test_one_decorated_function_in_two_threads_restores_each_threads_own_state():
+    """What the decorator found must not be handed to whichever thread leaves first."""
+    meet = threading.Barrier(2, timeout=10)
+
+    @no_grad()
+    def work(first):
+        if first:
+            meet.wait()  # inside before the other enters ...
+        meet.wait()
+        if not first:
+            meet.wait()  # ... and outside before the other leaves
+
+    def recording():
+        work(True)
+        assert is_grad_enabled()
+        meet.wait()
+
+    def not_recording():
+        with no_grad():
+            meet.wait()
+            work(False)
+            assert not is_grad_enabled()
+
+    in_threads(recording, not_recording)
+
+
+def test_two_threads_each_run_a_tape_of_their_own():
+    def train(seed):
+        a, b = leaf(20, seed=seed), leaf(20, seed=seed + 1)
+        for _ in range(200):
+            ((a * b).tanh() + a).sum().backward()
+        np.testing.assert_allclose(
+            a.grad, 200 * (b.numpy() / np.cosh(a.numpy() * b.numpy()) ** 2 + 1), rtol=1e-9, atol=1e-9
+        )
+
+    in_threads(lambda: train(1), lambda: train(2), lambda: train(3))
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_collector():
+    """With the garbage collector off, only what is in no reference cycle goes away."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def a_graph():
+    """(leaf, loss, weak references to every node and every saved array)."""
+    a = leaf(50)
+    hidden = [a]
+    for f in (lambda x: x * x, lambda x: x.tanh(), lambda x: x + a, lambda x: x.exp(), lambda x: x.softmax()):
+        hidden.append(f(hidden[-1]))
+    loss = ops.cross_entropy((hidden[-1] * hidden[-2]).reshape(5, 10), np.arange(5))
+    nodes = [h.op for h in hidden[1:]] + [loss.op]
+    arrays = [s for op in nodes for s in op.saved if isinstance(s, np.ndarray) and s is not a.data]
+    assert len(arrays) >= 4
+    return a, loss, [weakref.ref(x) for x in nodes], [weakref.ref(x) for x in arrays]
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_backward_releases_nodes_and_saved_arrays():
+    _a, loss, nodes, arrays = a_graph()
+    loss.backward()
+    assert [r for r in arrays if r() is not None] == []
+    assert [r() for r in nodes if r() is not None] == [loss.op]  # the loss is still held, and its empty node
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_deleting_the_loss_releases_the_graph_without_a_backward():
+    _a, loss, nodes, arrays = a_graph()
+    del loss
+    assert [r for r in nodes + arrays if r() is not None] == []
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_outputs_that_nobody_holds_are_not_kept_alive_by_the_graph():
+    """Nodes hold what backward needs, never their outputs."""
+    a = leaf(50)
+    h = a + 1.0
+    output = weakref.ref(h.data)
+    y = (h + 2.0).sum()
+    del h
+    assert output() is None
+    y.backward()
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_memory_falls_while_backward_walks():
+    """When a node's backward runs, what the newer nodes saved is gone already, and so are their gradients."""
+    alive = []
+    saved, grads = [], []
+
+    class Watched(Op):
+        def forward(self, x):
+            y = x + 0.0
+            self.save(y)
+            saved.append(weakref.ref(y))
+            return y.copy()
+
+        def backward(self, dy):
+            alive.append((sum(r() is not None for r in saved), sum(r() is not None for r in grads)))
+            dx = dy * 1.0
+            grads.append(weakref.ref(dx))
+            return dx
+
+    y = leaf(10)
+    for _ in range(10):
+        y = Watched.apply(y)
+    y = y.sum()
+    y.backward()
+    assert [n for n, _ in alive] == list(range(10, 0, -1))
+    assert max(n for _, n in alive) <= 1
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_gradient_that_was_added_to_another_is_gone_before_the_next_node_runs():
+    grads, alive = [], []
+
+    class Watched(Op):
+        def forward(self, x):
+            return x + 0.0
+
+        def backward(self, dy):
+            alive.append(sum(r() is not None for r in grads))
+            dx = dy * 1.0
+            grads.append(weakref.ref(dx))
+            return dx
+
+    h = Watched.apply(leaf(10) * 1.0)
+    (Watched.apply(h) + Watched.apply(h) + Watched.apply(h)).sum().backward()
+    assert max(alive) <= 1
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_training_step_of_the_gpt_makes_no_reference_cycle():
+    model = GPT(GPTConfig(vocab_size=7, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1))
+    ids = np.arange(8).reshape(1, 8) % 7
+    model.loss(ids, ids).backward()
+    gc.collect()
+    loss = model.loss(ids, ids)
+    node = weakref.ref(loss.op)
+    loss.backward()
+    model.generate(ids, 2)
+    del loss
+    assert node() is None
+    assert gc.collect() == 0
+
+
+@pytest.mark.usefixtures("no_collector")
+def test_a_failed_op_leaves_nothing_behind():
+    a = leaf(50) * 1.0
+    node = weakref.ref(a.op)
+    with pytest.raises(ValueError, match="MatMul"):
+        a @ leaf(3, 3)
+    gc.collect()  # the traceback itself is a cycle
+    del a
+    assert node() is None
+
+
+def test_no_leak_over_1_000_training_steps():
+    w, b = leaf(8, 8), leaf(8)
+    optimizer = AdamW([tinylm.nn.Parameter(w.data), tinylm.nn.Parameter(b.data)])
+    w, b = optimizer.parameters()
+    x = tensor(noise(4, 8))
+
+    def steps(n):
+        for _ in range(n):
+            optimizer.zero_grad()
+            ops.linear(x, w, b).gelu().softmax().sum(axis=1).mean().backward()
+            optimizer.step()
+        gc.collect()
+        return tracemalloc.get_traced_memory()[0], len(gc.get_objects())
+
+    tracemalloc.start()
+    try:
+        steps(20)
+        before = steps(20)
+        after = steps(1000)
+    finally:
+        tracemalloc.stop()
+    assert after[0] - before[0] < 20_000  # bytes: one forgotten node a step would be hundreds of thousands
+    assert after[1] - before[1] < 100
+
+
+# --- what apply takes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("x", ["text", [1.0], {}, 1j])
+def test_apply_refuses_what_is_no_tensor_array_or_number(x):
+    with pytest.raises(TypeError, match=rf"Add takes Tensors, arrays and numbers, not {type(x).__name__}"):
+        ops.add(leaf(1), x)
+
+
+def test_scalars_do_not_change_the_dtype():
+    a = leaf(2, dtype=np.float32)
+    for y in (a * 2.0, 2 * a, a + np.float64(1), np.float64(3) * a, a / 3, 1 - a, a**2):
+        assert y.dtype == np.float32
+
+
+def test_errors_inside_an_op_name_it_and_its_inputs():
+    with pytest.raises(ValueError, match=r"Add\(\(2,\) float64 cpu, \(3,\) float64 cpu\)"):
+        leaf(2) + leaf(3)
+
+
+def test_an_op_without_its_halves_says_so():
+    class Half(Op):
+        def forward(self, x):
+            return x + 1
+
+    with pytest.raises(NotImplementedError, match="Half has no backward"):
+        Half.apply(leaf()).backward()
+    with pytest.raises(NotImplementedError, match="Op has no forward"):
+        Op.apply(leaf())
