@@ -68,8 +68,8 @@ def distinct(*shape, seed=0):
 def check(device, fn, torch_fn, *inputs, differences=True, tolerance=FLOAT32):
     """Compare `fn` with `torch_fn` on the same inputs: the value and every gradient under a random cotangent.
 
-    In float64 to 1e-10; in float32, from arrays that are not C-contiguous, to `tolerance`; then, in float64, with finite
-    differences. `inputs` are NumPy arrays: floating ones require a gradient, others do not. Both functions return one
+    In float64 to 1e-10; in float32, from arrays that are not C-contiguous, to `tolerance`; then, in float64, with
+    finite differences. `inputs` are NumPy arrays: floating ones require a gradient, others do not. Both return one
     tensor, or a tuple of them. Neither inputs nor cotangents may be changed.
     """
     for dtype, order, close in ((np.float64, "C", FLOAT64), (np.float32, "F", tolerance)):

@@ -20,75 +20,53 @@ from typing import Any
 
 import numpy as np
 
-UFUNC = "out dtype casting"
-# name -> the keywords that it takes, beyond its positional arguments
+# Names -> the keywords that they take.
 FUNCTIONS = {
-    **dict.fromkeys(
-        "abs absolute add divide equal exp expm1 floor_divide greater greater_equal isfinite isinf isnan less less_equal log "
-        "log1p logical_and logical_not logical_or maximum minimum multiply negative not_equal power reciprocal sign "
-        "sqrt square subtract tanh true_divide".split(),
-        UFUNC,
-    ),
-    **dict.fromkeys(["sum", "mean", "prod"], "axis dtype out keepdims"),
-    **dict.fromkeys(["max", "min", "amax", "amin", "all", "any"], "axis out keepdims"),
-    **dict.fromkeys(["argmax", "argmin"], "axis dtype out keepdims"),
-    **dict.fromkeys(["std", "var"], "axis dtype ddof out keepdims"),
-    **dict.fromkeys(["empty", "ones", "zeros"], "dtype order"),
-    **dict.fromkeys(["empty_like", "ones_like", "zeros_like"], "dtype order shape"),
-    "arange": "dtype",
-    "argsort": "axis kind",
-    "ascontiguousarray": "dtype",
-    "asarray": "dtype order blocking",
-    "array": "dtype copy order ndmin blocking",
-    "broadcast_to": "",
-    "clip": "a_min a_max out",
-    "concatenate": "axis out dtype casting",
-    "copyto": "casting where",
+    "abs absolute add divide equal exp expm1 floor_divide greater greater_equal isfinite isinf isnan less less_equal "
+    "log log1p logical_and logical_not logical_or maximum minimum multiply negative not_equal power reciprocal "
+    "sign sqrt square subtract tanh true_divide": "out dtype casting",
+    "sum mean prod": "axis dtype out keepdims",
+    "std var": "axis dtype ddof out keepdims",
+    "max min amax amin all any": "axis out keepdims",
+    "argmax argmin": "axis dtype out keepdims",
     "cumsum": "axis dtype out",
-    "dot": "out",
-    "einsum": "dtype optimize",
-    "expand_dims": "axis",
-    "eye": "M k dtype order",
-    "full": "dtype order",
-    "full_like": "dtype order shape",
-    "linspace": "num endpoint dtype axis",
-    "matmul": "out dtype casting",
-    "moveaxis": "",
-    "nonzero": "",
-    "outer": "out",
-    "ravel": "order",
-    "repeat": "axis",
-    "reshape": "order",
-    "result_type": "",
-    "split": "axis",
-    "squeeze": "axis",
-    "stack": "axis out dtype casting",
-    "swapaxes": "",
     "take": "axis out",
-    "tensordot": "axes",
-    "transpose": "axes",
+    "argsort": "axis kind",
+    "empty ones zeros full": "dtype order",
+    "empty_like ones_like zeros_like full_like": "dtype order shape",
+    "eye": "M k dtype order",
     "tri": "M k dtype",
-    "tril": "k",
-    "triu": "k",
-    "vdot": "",
-    "where": "",
+    "arange": "dtype",
+    "linspace": "num endpoint dtype axis",
+    "array": "dtype copy order ndmin blocking",
+    "asarray": "dtype order blocking",
+    "ascontiguousarray": "dtype",
+    "matmul": "out dtype casting",
+    "dot outer": "out",
+    "einsum": "dtype optimize",
+    "tensordot": "axes",
+    "concatenate stack": "axis out dtype casting",
+    "copyto": "casting where",
+    "clip": "a_min a_max out",
+    "ravel reshape": "order",
+    "transpose": "axes",
+    "expand_dims repeat split squeeze": "axis",
+    "tril triu": "k",
+    "broadcast_to moveaxis nonzero result_type swapaxes vdot where": "",
 }
 METHODS = {
-    **{name: FUNCTIONS[name] for name in "sum mean prod std var max min all any argmax argmin cumsum take".split()},
-    "argsort": "axis",
+    "sum mean prod": "axis dtype out keepdims",
+    "std var": "axis dtype ddof out keepdims",
+    "max min all any": "axis out keepdims",
+    "argmax argmin": "axis dtype out keepdims",
+    "cumsum": "axis dtype out",
+    "take": "axis out",
     "astype": "order casting copy",
-    "copy": "order",
+    "copy flatten ravel reshape": "order",
     "dot": "out",
-    "fill": "",
-    "flatten": "order",
-    "nonzero": "",
-    "ravel": "order",
-    "repeat": "axis",
-    "reshape": "order",
-    "squeeze": "axis",
-    "swapaxes": "",
-    "transpose": "",
     "view": "dtype",
+    "argsort repeat squeeze": "axis",
+    "fill nonzero swapaxes transpose": "",
 }
 CONSTANTS = (
     "bool_ e float16 float32 float64 inf int8 int16 int32 int64 nan newaxis pi uint8 uint16 uint32 uint64 dtype finfo"
@@ -231,22 +209,24 @@ def _binary(name: str) -> Callable[..., Any]:
     return method
 
 
-_OPERATORS = "add sub mul truediv floordiv mod pow matmul and or xor".split()
-for _name in _OPERATORS:
-    setattr(ndarray, f"__{_name}__", _binary(f"__{_name}__"))
-    setattr(ndarray, f"__r{_name}__", _binary(f"__r{_name}__"))
-    setattr(ndarray, f"__i{_name}__", _binary(f"__i{_name}__"))
-for _name in ("eq", "ne", "lt", "le", "gt", "ge"):
-    setattr(ndarray, f"__{_name}__", _binary(f"__{_name}__"))
+def _each(table: dict[str, str]) -> Any:
+    return ((name, keywords) for names, keywords in table.items() for name in names.split())
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and", "or", "xor"):
+    for _form in (f"__{_name}__", f"__r{_name}__", f"__i{_name}__"):
+        setattr(ndarray, _form, _binary(_form))
+for _name in ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__"):
+    setattr(ndarray, _name, _binary(_name))
 ndarray.__hash__ = None  # type: ignore[assignment]
-for _name in ("neg", "pos", "abs", "invert"):
-    setattr(ndarray, f"__{_name}__", lambda self, plain=getattr(operator, f"__{_name}__"): _device(plain(self.host)))
-for _name, _keywords in METHODS.items():
+for _name in ("__neg__", "__pos__", "__abs__", "__invert__"):
+    setattr(ndarray, _name, _strict(_name, getattr(operator, _name), ""))
+for _name, _keywords in _each(METHODS):
     setattr(ndarray, _name, _strict(_name, getattr(np.ndarray, _name), _keywords))
 
 module = types.ModuleType("cupy", __doc__)
 module.ndarray = ndarray
-for _name, _keywords in FUNCTIONS.items():
+for _name, _keywords in _each(FUNCTIONS):
     setattr(module, _name, _strict(_name, getattr(np, _name), _keywords))
 for _name in CONSTANTS.split():
     setattr(module, _name, getattr(np, _name))

@@ -12,7 +12,7 @@ def product(a: Array, b: Array) -> Array:
     A CPU has no float16 arithmetic: there the product is formed in float32 and rounded to float16 once, as
     tensor cores do. A stack of matrices times one matrix is one large product, not many small ones.
     """
-    if a.dtype == np.float16 and device_of(a) == "cpu":
+    if a.dtype == b.dtype == np.float16 and device_of(a) == "cpu":
         return product(a.astype(np.float32), b.astype(np.float32)).astype(np.float16)
     if b.ndim == 2 and a.ndim > 2:
         return (a.reshape(-1, a.shape[-1]) @ b).reshape(*a.shape[:-1], b.shape[-1])
@@ -27,8 +27,10 @@ def rows(x: Array) -> Array:
 class MatMul(Op):
     """With Y = A B: dA = dY B^T and dB = A^T dY, summed over the dimensions that were broadcast."""
 
+    broadcasts = True
+
     def forward(self, a, b):
-        if 0 in (a.ndim, b.ndim):
+        if not (getattr(a, "ndim", 0) and getattr(b, "ndim", 0)):
             raise ValueError("a scalar is no matrix; use * instead")
         self.a_shape, self.b_shape = a.shape, b.shape
         a = a[None, :] if a.ndim == 1 else a  # a vector is a row on the left, a column on the right
@@ -65,6 +67,8 @@ def _matrix(shape: tuple[int, ...], row: bool) -> tuple[int, ...]:
 
 class Linear(Op):
     """Y = X W^T + b, so dX = dY W, dW = dY^T X and db = the sum of dY's rows."""
+
+    broadcasts = True
 
     def forward(self, x, weight, bias):
         if weight.ndim != 2 or x.shape[-1] != weight.shape[1]:

@@ -1,0 +1,128 @@
+"""Reductions: sum, mean, max, var, logsumexp over None, one axis or several, with and without keepdims."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_close, axes, check, distinct, host, normal, shapes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tinylm import ops
+
+
+def over(torch_fn):
+    """PyTorch's function with NumPy's meaning of axis=None, and of a scalar."""
+
+    def fn(x, axis, keepdims):
+        if x.ndim == 0:
+            return torch_fn(x.reshape(1), 0, False)
+        return torch_fn(x, tuple(range(x.ndim)) if axis is None else axis, keepdims)
+
+    return fn
+
+
+REDUCTIONS = {
+    "sum": (ops.sum, over(torch.sum), normal),
+    "mean": (ops.mean, over(torch.mean), normal),
+    "max": (ops.max, over(torch.amax), distinct),
+    "var": (ops.var, over(lambda x, axis, keepdims: torch.var(x, axis, correction=0, keepdim=keepdims)), normal),
+    "logsumexp": (ops.logsumexp, over(torch.logsumexp), normal),
+}
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+@given(shape=shapes(), keepdims=st.booleans(), data=st.data())
+def test_reduction(device, name, shape, keepdims, data):
+    fn, torch_fn, inputs = REDUCTIONS[name]
+    axis = data.draw(axes(len(shape)))
+    check(device, lambda x: fn(x, axis, keepdims), lambda x: torch_fn(x, axis, keepdims), inputs(*shape))
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_axes_spelt_as_a_list_and_as_a_method(device, name):
+    fn, _, inputs = REDUCTIONS[name]
+    x = device.tensor(inputs(2, 3, 2))
+    expected = host(fn(x, (0, 2)))
+    assert expected.shape == (3,)
+    assert_close(fn(x, [0, 2]), expected)
+    assert_close(getattr(x, name)(axis=(0, -1)), expected)
+    assert getattr(x, name)(axis=1, keepdims=True).shape == (2, 1, 2)
+
+
+@pytest.mark.parametrize("ddof", [0, 1, 2])
+def test_var_with_ddof(device, ddof):
+    check(
+        device,
+        lambda x: ops.var(x, axis=1, ddof=ddof),
+        lambda x: torch.var(x, 1, correction=ddof),
+        normal(2, 4),
+    )
+
+
+def test_var_of_a_large_mean(device):
+    """E[x^2] - E[x]^2 would cancel to noise here."""
+    x = device.tensor(normal(1000) + 1e4, np.float32)
+    assert_close(x.var(), host(x).astype(np.float64).var(), rtol=1e-4)
+
+
+def test_ties_share_the_gradient_of_max(device):
+    x = device.leaf([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
+    x.max(axis=1).sum().backward()
+    assert_close(x.grad, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
+
+
+def test_integers_and_booleans_are_counted(device):
+    assert device.tensor([1, 2, 3]).sum().item() == 6
+    assert device.tensor([True, True, False]).sum().item() == 2
+    assert device.tensor([1, 5, 3]).max().item() == 5
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_float16_is_summed_in_float32_and_returned_in_float16(device, name):
+    """4,096 numbers near 1: a float16 sum stops at 2048, where its steps are 2 wide."""
+    x = device.leaf(1 + 0.1 * normal(2, 4096), np.float16)
+    fn = REDUCTIONS[name][0]
+    y = fn(x, axis=1)
+    wide = device.tensor(host(x).astype(np.float32), requires_grad=True)
+    expected = fn(wide, axis=1)
+    assert y.dtype == np.float16
+    assert_close(y, host(expected), rtol=2e-3)
+    y.sum().backward()
+    expected.sum().backward()
+    assert x.grad.dtype == np.float16
+    assert_close(x.grad, host(wide.grad), rtol=5e-3, atol=1e-6)
+
+
+def test_a_mean_of_large_float16_numbers_does_not_overflow(device):
+    assert device.tensor(np.full(100, 6e4), np.float16).mean().item() == pytest.approx(6e4, rel=1e-3)
+
+
+def test_logsumexp_of_extreme_values(device):
+    x = np.array([[1e4, 1e4], [-1e4, -1e4], [1e4, -1e4], [-np.inf, 0.0], [-np.inf, -np.inf], [np.inf, 0.0]])
+    expected = [1e4 + np.log(2), -1e4 + np.log(2), 1e4, 0.0, -np.inf, np.inf]
+    assert_close(ops.logsumexp(device.tensor(x), axis=1), expected, rtol=1e-12)
+
+
+def test_the_gradient_of_logsumexp_at_minus_infinity(device):
+    """-inf entries get nothing; where all are -inf, nobody gets NaN."""
+    x = device.leaf([[-np.inf, 0.0, 0.0], [-np.inf, -np.inf, -np.inf]])
+    ops.logsumexp(x, axis=1).sum().backward()
+    assert_close(x.grad, [[0.0, 0.5, 0.5], [0.0, 0.0, 0.0]])
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_an_axis_that_is_not_there(device, name):
+    x = device.tensor(np.zeros((2, 3)), np.float32)
+    fn = REDUCTIONS[name][0]
+    op = {"logsumexp": "LogSumExp"}.get(name, name.capitalize())
+    with pytest.raises(
+        (ValueError, IndexError), match=rf"{op}\(\(2, 3\) float32 {device.name}\): axis 2 is out of bounds"
+    ):
+        fn(x, axis=2)
+
+
+def test_nothing_to_reduce(device):
+    empty = device.tensor(np.zeros((0, 3)))
+    assert_close(empty.sum(axis=0), [0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"Max\(\(0, 3\) float64 \w+\): .*zero-size"):
+        empty.max(axis=0)
