@@ -142,16 +142,20 @@ class GPT(Module):
         """
         if temperature < 0:
             raise ValueError(f"temperature must not be negative: {temperature}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be at least 1, not {top_k}")
         xp = array_module(ids)
         noise = random.generator(seed)
         training = self.training
         self.eval()
-        for _ in range(n_tokens):
-            logits = self(ids[:, -self.config.block_size :])[:, -1].numpy().astype(np.float64)
-            if top_k is not None and top_k < logits.shape[1]:
-                logits[logits < np.sort(logits)[:, -top_k, None]] = -np.inf
-            if temperature > 0:  # Gumbel's trick: the argmax of logits + Gumbel noise is a sample of the softmax
-                logits = logits / temperature + noise.gumbel(size=logits.shape)
-            ids = xp.concatenate([ids, xp.asarray(logits.argmax(axis=1)[:, None])], axis=1)
-        self.train(training)
+        try:
+            for _ in range(n_tokens):
+                logits = self(ids[:, -self.config.block_size :])[:, -1].numpy().astype(np.float64)
+                if top_k is not None and top_k < logits.shape[1]:
+                    logits[logits < np.sort(logits)[:, -top_k, None]] = -np.inf
+                if temperature > 0:  # Gumbel's trick: the argmax of logits + Gumbel noise is a sample of the softmax
+                    logits = logits / temperature + noise.gumbel(size=logits.shape)
+                ids = xp.concatenate([ids, xp.asarray(logits.argmax(axis=1)[:, None])], axis=1)
+        finally:
+            self.train(training)
         return ids

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
 from .array import Array, array_module, pieces
 from .nn import Module, Parameter
 
@@ -53,6 +55,8 @@ class AdamW:
                 raise ValueError(
                     f"AdamW: lr and weight_decay must not be negative: {group['lr']}, {group['weight_decay']}"
                 )
+        if len(set(map(id, self.parameters()))) < len(self.parameters()):
+            raise ValueError("AdamW got a parameter twice, and would update it twice a step")
         # per parameter, in the order of `parameters()`, made at its first step
         self.state: dict[int, dict[str, Any]] = {}
 
@@ -89,7 +93,8 @@ class AdamW:
         step_size = lr / (1 - beta1 ** state["step"])
         rescale = 1 / math.sqrt(1 - beta2 ** state["step"])
         xp = array_module(p.data)
-        grad = xp.ascontiguousarray(p.grad)
+        p.data = xp.asarray(p.data, order="C")  # itself, almost always: a piece must be a view, not a copy
+        grad = xp.asarray(p.grad, order="C")
         for w, g, m, v in pieces(p.data, grad, state["exp_avg"], state["exp_avg_sq"]):
             if weight_decay:
                 w *= 1 - lr * weight_decay
@@ -124,7 +129,8 @@ def _global_norm(grads: list[Array]) -> float:
     if not grads:
         return 0.0
     flat = [g.reshape(-1) for g in grads]
-    norm = math.sqrt(sum(float(g @ g) for g in flat))
+    with np.errstate(over="ignore"):
+        norm = math.sqrt(sum(float(g @ g) for g in flat))
     if math.isfinite(norm):
         return norm
     # A float32 sum of squares overflows at a norm of 1.8e19: scale by the largest entry before saying inf.
