@@ -1,12 +1,38 @@
 """Text -> tokens -> batches."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from . import random
 
 BATCHES = 1  # names the stream of batch positions: every other stream of the same seed is independent of it
+
+
+def language_reference() -> str:
+    """The reference of the Python language, a text of 0.5 MB that comes with every installation of Python."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file. Raises ValueError that says why it cannot be had: unreadable, empty, not text."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
+    try:
+        text = content.decode().removeprefix("\ufeff")  # a byte-order mark, as some editors put it
+    except UnicodeDecodeError as error:
+        at = error.start
+        raise ValueError(f"{path} is not UTF-8 text: byte 0x{content[at]:02x} at offset {at}") from None
+    if "\0" in text:
+        raise ValueError(f"{path} is not text: byte 0x00 at offset {content.index(0)}")
+    if not text:
+        raise ValueError(f"{path} is empty")
+    return text
 
 
 class Vocabulary:
@@ -46,9 +72,19 @@ def _codes(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
-def split(tokens: np.ndarray, val_fraction: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """(train, val): the last `val_fraction` of the tokens is for validation."""
+def split(
+    tokens: np.ndarray, val_fraction: float = 0.1, block_size: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(train, val): the last `val_fraction` of the tokens is for validation.
+
+    With `block_size`, raises ValueError for too few tokens to train on a block of it and to validate.
+    """
     cut = int(len(tokens) * (1 - val_fraction))
+    if block_size is not None and (cut <= block_size or len(tokens) - cut < 2):
+        raise ValueError(
+            f"{len(tokens)} tokens are too few: of them {cut} are for training, which takes {block_size + 1} or more "
+            f"with blocks of {block_size}, and {len(tokens) - cut} for validation, which takes 2 or more"
+        )
     return tokens[:cut], tokens[cut:]
 
 

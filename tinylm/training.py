@@ -96,6 +96,8 @@ def train(model: GPT, train_tokens: np.ndarray, val_tokens: np.ndarray, config: 
         last = step + 1 == config.steps
         if last or (config.eval_every and (step + 1) % config.eval_every == 0):
             done.val_loss = evaluate(model, val_tokens, config.batch_size)
+            if not math.isfinite(done.val_loss):
+                raise FloatingPointError(f"step {step + 1}: the validation loss is {done.val_loss:.4g}")
         yield done
 
 

@@ -1,0 +1,196 @@
+"""What the command-line programs share: flags made of a dataclass, one line for a mistake, a view of the run."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from time import perf_counter
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from .training import Step
+
+Config = TypeVar("Config")
+
+
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Every flag's default behind its help, except where it is None: such a help says itself what happens then."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose --help shows the defaults, and whose errors are one line."""
+
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
+
+    @contextmanager
+    def mistakes(self) -> Iterator[None]:
+        """Inside, a ValueError is a mistake in the arguments: it ends the program with one line and status 2."""
+        try:
+            yield
+        except ValueError as error:
+            self.error(str(error))
+        except MemoryError as error:
+            self.error(f"this does not fit into memory: {error}")
+
+
+def add_options(group: Any, config: type, **helps: str) -> None:
+    """A flag for each field of `config`, a dataclass, that `helps` names: --n-layer for n_layer, with its default."""
+    known = {field.name: field for field in fields(config)}
+    for name, text in helps.items():
+        field = known[name]
+        kind: dict[str, Any] = {"type": field.type, "metavar": "N" if field.type is int else "X"}
+        if field.type is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        group.add_argument("--" + name.replace("_", "-"), default=field.default, help=text, **kind)
+
+
+def from_options(config: type[Config], options: argparse.Namespace, **more: Any) -> Config:
+    """The dataclass `config` made of the flags that bear its fields' names, and of `more`."""
+    names = [field.name for field in fields(config)]  # type: ignore[arg-type]
+    return config(**{name: getattr(options, name) for name in names if name in options}, **more)
+
+
+def at_least(low: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
+    """For add_argument(type=...): a number that is finite and not below `low`."""
+
+    def parse(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value < float("inf"):
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {what} of at least {low}, not {text!r}")
+        return value
+
+    return parse
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Run a program, and end it as a shell expects: what stopped it in one line, and its status.
+
+    0 done, 1 failed on the way, 2 a mistake in the arguments (see Parser), 130 Ctrl-C.
+    """
+    program = os.path.basename(sys.argv[0])
+    np.seterr(over="ignore", invalid="ignore")  # the training loop looks for what is not finite, and says it better
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may know fewer characters than the text
+    try:
+        main()
+        sys.stdout.flush()
+        sys.exit(0)
+    except KeyboardInterrupt as stop:
+        message, status = f"interrupted {stop}".strip(), 130
+    except FloatingPointError as error:
+        message, status = f"error: {error}; a smaller learning rate may help", 1
+    except MemoryError as error:
+        message, status = f"error: out of memory: {error}", 1
+    except BrokenPipeError:  # whoever read our output has gone (| head): nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        message, status = f"error: {error}", 1
+    print(f"{program}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+class Smooth:
+    """An exponential moving average over about 1 / (1 - beta) values, unbiased from the first one on."""
+
+    def __init__(self, beta: float = 0.98):
+        self.beta = beta
+        self.total = self.weight = 0.0
+
+    def add(self, value: float) -> float:
+        """The average up to and including `value`."""
+        self.total = self.beta * self.total + (1 - self.beta) * value
+        self.weight = self.beta * self.weight + (1 - self.beta)
+        return self.total / self.weight
+
+
+class Progress:
+    """Shows a training run: one live line on a terminal, a plain line every few seconds elsewhere.
+
+    with Progress(steps) as progress:
+        for step in train(...):
+            progress.show(step)
+
+    Ctrl-C inside comes out as a KeyboardInterrupt that says how far the run had come.
+    """
+
+    def __init__(self, steps: int):
+        from rich.console import Console
+        from rich.live import Live
+
+        self.steps = steps
+        self.console = Console(highlight=False, markup=False)
+        self.live = Live(console=self.console, auto_refresh=False, transient=True)
+        self.period = 0.1 if self.console.is_interactive else 5.0  # seconds between two lines
+        self.loss, self.seconds = Smooth(), Smooth()
+        self.stands, self.validated = "before the first step", ""
+        self.started = perf_counter()
+        self.due = 0.0
+
+    def __enter__(self) -> "Progress":
+        if self.console.is_interactive:
+            self.live.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.live.stop()
+        if kind is KeyboardInterrupt:
+            raise KeyboardInterrupt(self.stands + self.validated) from None
+
+    def show(self, step: Step) -> None:
+        """Tell of a step that was done."""
+        now = perf_counter()
+        at = f"{step.step:{len(str(self.steps))}}/{self.steps}"
+        loss = f"loss {step.loss:.3f} smoothed {self.loss.add(step.loss):.3f}"
+        speed = step.tokens / self.seconds.add(step.seconds)
+        left = clock((now - self.started) / step.step * (self.steps - step.step))
+        line = f"{at} {loss} lr {step.lr:.1e} norm {step.grad_norm:.2f} {speed:,.0f} tok/s {left} left"
+        self.stands = f"after step {step.step} of {self.steps}: {loss}"
+        if step.val_loss is not None:
+            self.validated = f", validation loss {step.val_loss:.3f} at step {step.step}"
+
+        if not self.console.is_interactive:
+            if step.val_loss is not None or step.step == 1 or now >= self.due:
+                print(line if step.val_loss is None else f"{line} validation loss {step.val_loss:.3f}", flush=True)
+                self.due = now + self.period
+            return
+        if step.val_loss is not None:
+            self.console.print(f"{at} {loss} validation loss {step.val_loss:.3f}")
+        if now >= self.due:
+            self.live.update(self._with_bar(line, step.step), refresh=True)
+            self.due = now + self.period
+
+    def _with_bar(self, line: str, step: int) -> Any:
+        """The line, and a bar where there is room for one beside it."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        if self.console.width < len(line) + 10:
+            return Text(line, no_wrap=True, overflow="ellipsis")
+        row = Table.grid(expand=True, padding=(0, 1))
+        row.add_column(no_wrap=True)
+        row.add_column(ratio=1)
+        row.add_row(line, ProgressBar(self.steps, step))
+        return row
+
+
+def clock(seconds: float) -> str:
+    """65 -> '1:05', 3661 -> '1:01:01'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
