@@ -14,7 +14,7 @@ import numpy as np
 Array = Any  # a numpy.ndarray or a cupy.ndarray
 _HOST = (np.ndarray, np.generic)
 
-CPU_PIECE = 1 << 18  # elements of one piece on a CPU: 1 MiB of float32 stays in a core's second-level cache
+CPU_PIECE = 1 << 16  # elements of one piece on a CPU: the handful of arrays of a chain stay in the second-level cache
 GPU_PIECE = 1 << 24  # a GPU wants large pieces: each one costs a kernel launch
 
 

@@ -11,5 +11,3 @@ from .matmul import linear, matmul
 from .reduce import logsumexp, max, mean, sum, var
 from .shape import broadcast_to, concatenate, expand_dims, index, reshape, split, squeeze, stack, swapaxes, transpose
 from .softmax import log_softmax, softmax
-
-__all__ = [name for name in dir() if not name.startswith("_") and callable(globals()[name])]

@@ -78,6 +78,8 @@ def _power(x, n):
 
 
 class Pow(Op):
+    exponent: float
+
     def forward(self, x):
         self.save(x)
         return _power(x, self.exponent)
@@ -170,6 +172,8 @@ class Where(Op):
 
 
 class Cast(Op):
+    dtype: np.dtype
+
     def forward(self, x):
         self.was = x.dtype
         return x.astype(self.dtype)

@@ -21,6 +21,9 @@ class CausalAttention(Op):
     With dropout, P * mask stands in for P in Y and dV, and dP * mask for dP.
     """
 
+    dropout: float
+    key: random.Key
+
     def forward(self, q, k, v):
         xp = array_module(q)
         if not (q.ndim == k.ndim == v.ndim == 4):

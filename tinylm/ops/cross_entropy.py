@@ -13,6 +13,9 @@ class CrossEntropy(Op):
     nobody else has seen; backward turns this same buffer into dx and hands it over.
     """
 
+    ignore_index: int
+    reduction: str
+
     def forward(self, logits, targets):
         xp = array_module(logits)
         self.was, self.dtype = logits.shape, logits.dtype
@@ -38,7 +41,7 @@ class CrossEntropy(Op):
         if self.reduction == "mean":
             weight /= max(1, int(counted.sum()))  # every target ignored: the loss is 0, not 0/0
         self.save(e, total, t, weight)
-        return loss if self.reduction == "none" else (loss * weight).sum()
+        return loss.reshape(targets.shape) if self.reduction == "none" else (loss * weight).sum()
 
     def backward(self, dy):
         e, total, t, weight = self.saved

@@ -14,6 +14,9 @@ def keep_mask(key: random.Key, shape: tuple[int, ...], p: float, like: Array) ->
 class Dropout(Op):
     """y = x * mask. The mask is not saved: backward draws it again from its key."""
 
+    p: float
+    key: random.Key
+
     def forward(self, x):
         return x * keep_mask(self.key, x.shape, self.p, x)
 

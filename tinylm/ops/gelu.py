@@ -2,40 +2,44 @@
 
 import math
 
-from ..array import array_module, pieces
+import numpy as np
+
+from ..array import array_module, pieces, wide
 from ..autograd import Op
 
-SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+A = 2 * math.sqrt(2 / math.pi)
+B = A * 0.044715
 
 
 class Gelu(Op):
-    """y = x/2 (1 + t) with t = tanh(u), u = sqrt(2/pi) (x + 0.044715 x^3).
+    """y = x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3), which is x * s with s = sigmoid(2u), 2u = A x + B x^3.
 
-    dy/dx = (1 + t)/2 + x/2 (1 - t^2) du/dx, du/dx = sqrt(2/pi) (1 + 3*0.044715 x^2).  forward has t at hand, so it
-    computes this slope at once and saves it alone, in place of both x and t.
+    dy/dx = s + y (1 - s) d(2u)/dx with d(2u)/dx = A + 3 B x^2.  forward has s at hand, so it computes this slope at once
+    and saves it alone.
     """
 
     def forward(self, x):
         xp = array_module(x)
-        y = xp.empty_like(x, order="C")
-        slope = xp.empty_like(y) if self.needs[0] else None
-        for x, y_, s in pieces(xp.ascontiguousarray(x), y, y if slope is None else slope):
-            square = x * x
-            t = square * (0.044715 * SQRT_2_OVER_PI)
-            t += SQRT_2_OVER_PI
-            t *= x
-            xp.tanh(t, out=t)
-            if slope is not None:
-                square *= 3 * 0.044715 * SQRT_2_OVER_PI
-                square += SQRT_2_OVER_PI
-                square *= x
-                square *= 1 - t * t
-                square += t
-                square += 1
-                xp.multiply(square, 0.5, out=s)
-            t += 1
-            t *= 0.5
-            xp.multiply(x, t, out=y_)
+        y = xp.empty(x.shape, x.dtype)
+        slope = xp.empty_like(y) if self.needs[0] else y
+        with np.errstate(over="ignore"):  # exp(-2u) may overflow: then s = 1 / inf = 0, as it should be
+            for x_, y_, slope_ in pieces(xp.asarray(x, order="C"), y, slope):
+                x_ = x_.astype(wide(x.dtype), copy=False)
+                square = x_ * x_
+                s = square * -B
+                s -= A
+                s *= x_
+                xp.exp(s, out=s)
+                s += 1
+                xp.divide(1, s, out=s)
+                if slope is not y:
+                    square *= 3 * B
+                    square += A
+                    square *= x_
+                    square *= s  # y d(2u)/dx
+                    xp.subtract(square, square * s, out=square)
+                    xp.add(square, s, out=slope_)
+                xp.multiply(x_, s, out=y_)
         self.save(slope)
         return y
 

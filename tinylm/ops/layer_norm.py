@@ -11,6 +11,8 @@ class LayerNorm(Op):
     the mean, the third because it moves the variance.
     """
 
+    eps: float
+
     def forward(self, x, weight, bias):
         C = x.shape[-1]
         if weight.shape != (C,) or (bias is not None and bias.shape != (C,)):

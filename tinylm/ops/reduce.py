@@ -6,6 +6,7 @@ Sums over float16 are formed in float32 and rounded once.
 import math
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
 from ..array import array_module, wide
 from ..autograd import Op
@@ -16,11 +17,15 @@ Axis = int | tuple[int, ...] | None
 class Reduction(Op):
     """What every reduction needs to know: its axis, and how to stretch a reduced array back over x."""
 
+    axis: Axis
+    keepdims: bool
+
     def measure(self, x):
         """Note x's shape, and how many elements go into one output."""
         self.was = x.shape
-        self.kept = np.sum(np.broadcast_to(np.empty(()), x.shape), axis=self.axis, keepdims=True).shape
-        self.count = x.size // max(1, math.prod(self.kept))
+        self.axes = normalize_axis_tuple(range(x.ndim) if self.axis is None else self.axis, x.ndim)
+        self.kept = tuple(1 if i in self.axes else n for i, n in enumerate(x.shape))
+        self.count = x.size // (math.prod(self.kept) or 1)
 
     def stretch(self, dy):
         """A view of `dy`, reduced shape, as x's shape."""
@@ -33,7 +38,7 @@ class Reduction(Op):
     def finish(self, y, dtype):
         """`y` (axes kept) in the shape and dtype that the caller asked for."""
         y = y.astype(dtype, copy=False)
-        return y if self.keepdims else array_module(y).squeeze(y, axis=_axes(self.axis, y.ndim))
+        return y if self.keepdims else array_module(y).squeeze(y, axis=self.axes)
 
 
 class Sum(Reduction):
@@ -57,6 +62,8 @@ class Mean(Reduction):
 
 class Var(Reduction):
     """mean((x - mean(x))**2), or with n - ddof in place of n."""
+
+    ddof: int
 
     def forward(self, x):
         self.measure(x)
@@ -103,10 +110,6 @@ class LogSumExp(Reduction):
         xp = array_module(x)
         p = xp.exp(x - xp.where(xp.isfinite(y), y, xp.zeros_like(y)))  # softmax(x)
         return p * self.stretch(dy)
-
-
-def _axes(axis: Axis, ndim: int) -> tuple[int, ...]:
-    return tuple(range(ndim)) if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
 def _checked(op, x, axis, **params):

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from ..array import array_module, device_of, is_array, scatter_add
+from ..array import array_module, device_of, is_array, scatter_add, wide
 from ..autograd import Op
 
 
 class Reshape(Op):
+    shape: tuple[int, ...]
+
     def forward(self, x):
         self.was = x.shape
         return x.reshape(self.shape)
@@ -19,6 +21,8 @@ class Reshape(Op):
 
 
 class Transpose(Op):
+    axes: tuple[int, ...]
+
     def forward(self, x):
         if sorted(a % x.ndim for a in self.axes) != list(range(x.ndim)):
             raise ValueError(f"axes {self.axes} must name each of {x.ndim} axes once; swapaxes(i, j) swaps just two")
@@ -30,6 +34,8 @@ class Transpose(Op):
 
 
 class Concatenate(Op):
+    axis: int
+
     def forward(self, *xs):
         self.ends = np.cumsum([x.shape[self.axis] for x in xs])[:-1].tolist()
         return array_module(xs[0]).concatenate(xs, axis=self.axis)
@@ -39,6 +45,9 @@ class Concatenate(Op):
 
 
 class Split(Op):
+    sections: int | list[int]
+    axis: int
+
     def forward(self, x):
         return tuple(array_module(x).split(x, self.sections, axis=self.axis))
 
@@ -48,6 +57,7 @@ class Split(Op):
 
 class BroadcastTo(Op):
     broadcasts = True
+    shape: tuple[int, ...]
 
     def forward(self, x):
         return array_module(x).broadcast_to(x, self.shape)
@@ -57,21 +67,23 @@ class BroadcastTo(Op):
 
 
 class Index(Op):
+    key: tuple[Any, ...]
+
     def forward(self, x):
         self.was = x.shape
         return x[self.key]
 
     def backward(self, dy):
         xp = array_module(dy)
-        dx = xp.zeros(self.was, dy.dtype)
+        dx = xp.zeros(self.was, wide(dy.dtype))
         if not any(is_array(k) and k.dtype != bool for k in self.key):
             dx[self.key] = dy  # slices, integers and masks reach no element twice
         else:
             # An integer array may name an element many times, and each time adds: number the elements, index
             # the numbers, and scatter into the flat gradient.
             flat = xp.arange(dx.size).reshape(self.was)[self.key]
-            scatter_add(dx.reshape(-1, 1), flat.reshape(-1), dy.reshape(-1, 1))
-        return dx
+            scatter_add(dx.reshape(-1, 1), flat.reshape(-1), dy.reshape(-1, 1).astype(dx.dtype, copy=False))
+        return dx.astype(dy.dtype, copy=False)
 
 
 def reshape(x, *shape: Any):

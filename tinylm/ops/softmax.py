@@ -7,6 +7,8 @@ from ..autograd import Op
 class Softmax(Op):
     """y = exp(x) / sum(exp(x)); dx = y * (dy - sum(dy * y))."""
 
+    axis: int
+
     def forward(self, x):
         xp = array_module(x)
         y = x - x.max(axis=self.axis, keepdims=True)  # the same y, but exp cannot overflow
@@ -24,6 +26,8 @@ class Softmax(Op):
 
 class LogSoftmax(Op):
     """y = x - logsumexp(x); dx = dy - exp(y) * sum(dy)."""
+
+    axis: int
 
     def forward(self, x):
         xp = array_module(x)
