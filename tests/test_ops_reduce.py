@@ -77,14 +77,15 @@ def test_integers_and_booleans_are_counted(device):
     assert device.tensor([1, 5, 3]).max().item() == 5
 
 
+@pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_float16_is_summed_in_float32_and_returned_in_float16(device, name):
+def test_float16_is_summed_in_float32_and_returned_in_float16(device, name, axis):
     """4,096 numbers near 1: a float16 sum stops at 2048, where its steps are 2 wide."""
-    x = device.leaf(1 + 0.1 * normal(2, 4096), np.float16)
+    x = device.leaf(1 + 0.1 * normal(*((4096, 2) if axis == 0 else (2, 4096))), np.float16)
     fn = REDUCTIONS[name][0]
-    y = fn(x, axis=1)
-    wide = device.tensor(host(x).astype(np.float32), requires_grad=True)
-    expected = fn(wide, axis=1)
+    y = fn(x, axis)
+    wide = device.leaf(host(x), np.float32)
+    expected = fn(wide, axis)
     assert y.dtype == np.float16
     assert_close(y, host(expected), rtol=2e-3)
     y.sum().backward()
