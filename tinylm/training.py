@@ -105,20 +105,25 @@ def train(model: GPT, train_tokens: np.ndarray, val_tokens: np.ndarray, config: 
 def evaluate(model: GPT, tokens: np.ndarray, batch_size: int) -> float:
     """Mean loss in nats a token over all of `tokens`, in consecutive blocks; in evaluation mode, nothing recorded.
 
-    Every token but the first is predicted once, from what precedes it in its block.
+    Every token but the first is predicted once, from what precedes it in its block. Raises ValueError for fewer than
+    two tokens.
     """
-    training = model.training
-    model.eval()
+    if len(tokens) < 2:
+        raise ValueError(f"{len(tokens)} tokens are too few to evaluate on: there is none to predict")
     device = next(model.parameters()).device
     T = model.config.block_size
-    total = 0.0
     whole = (len(tokens) - 1) // T * T  # the tokens of the whole blocks; the ragged rest is a block of its own
     batches = [(start, min(start + batch_size * T, whole), T) for start in range(0, whole, batch_size * T)]
     if rest := len(tokens) - 1 - whole:
         batches.append((whole, whole + rest, rest))
-    for start, end, length in batches:
-        window = to_device(tokens[start : end + 1].astype(np.int64), device)
-        x, y = window[:-1].reshape(-1, length), window[1:].reshape(-1, length)
-        total += model.loss(x, y).item() * y.size
-    model.train(training)
+    total = 0.0
+    training = model.training
+    model.eval()
+    try:
+        for start, end, length in batches:
+            window = to_device(np.asarray(tokens[start : end + 1], np.int64), device)
+            x, y = window[:-1].reshape(-1, length), window[1:].reshape(-1, length)
+            total += model.loss(x, y).item() * y.size
+    finally:
+        model.train(training)
     return total / (len(tokens) - 1)
