@@ -81,9 +81,10 @@ def _outputs(y: Any) -> list[Tensor]:
 def _compare(number: int, analytic: np.ndarray, numeric: np.ndarray, rtol: float, atol: float) -> None:
     scale = np.maximum(abs(analytic), abs(numeric))
     error = abs(analytic - numeric)
-    wrong = ~(error <= atol + rtol * scale)  # also true where either is NaN
+    wrong = ~((error <= atol + rtol * scale) & np.isfinite(error))  # also true where either is NaN or infinite
     if wrong.any():
-        relative = np.nan_to_num(error / np.maximum(scale, np.finfo(float).tiny), nan=np.inf)
+        with np.errstate(invalid="ignore"):
+            relative = np.nan_to_num(error / np.maximum(scale, np.finfo(float).tiny), nan=np.inf)
         worst = np.unravel_index(np.argmax(np.where(wrong, relative, -1)), wrong.shape)
         index = tuple(int(i) for i in worst)
         raise GradcheckError(

@@ -64,13 +64,13 @@ def uniform(key: Key, shape: tuple[int, ...], like: Array) -> Array:
 
     They are drawn on the host, so that both devices see the same ones.
     """
-    a_sample = prod(shape[1:])
+    samples, a_sample = (shape[0], prod(shape[1:])) if shape else (1, 1)
     blocks = -(-a_sample // _WORDS_A_BLOCK)  # whole blocks a sample, so that each starts at a block of its own
-    philox = np.random.Philox(
-        key=[_word(key.seed), _word(key.counter)], counter=[key.first_sample * blocks, 0, key.part, 0]
-    )
-    words = philox.random_raw(shape[0] * blocks * _WORDS_A_BLOCK // 2).view(np.uint32)
-    words = words.reshape(shape[0], blocks * _WORDS_A_BLOCK)[:, :a_sample].reshape(shape)
+    # As arrays of uint64: of a list with a number above 2**63, NumPy makes float64.
+    philox_key = np.array([_word(key.seed), _word(key.counter)], np.uint64)
+    counter = np.array([key.first_sample * blocks, 0, key.part, 0], np.uint64)
+    words = np.random.Philox(key=philox_key, counter=counter).random_raw(samples * blocks * _WORDS_A_BLOCK // 2)
+    words = words.view(np.uint32).reshape(samples, blocks * _WORDS_A_BLOCK)[:, :a_sample].reshape(shape)
     numbers = (words >> 8).astype(np.float32)  # 24 bits: every value is exact in float32, and below 1
     numbers *= 2.0**-24
     return array_module(like).asarray(numbers)
