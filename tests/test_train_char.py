@@ -114,6 +114,20 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(short_run, te
     assert other.returncode == 0
 
 
+def test_the_seed_is_that_of_the_weights_and_of_the_sample_too(text_file, tmp_path):
+    untrained = [
+        *SHORT,
+        "--steps=1",
+        "--lr=0",
+        "--temperature=1e9",
+    ]  # the weights as they began, a sample of pure chance
+    runs = [run("--data", text_file, "--out", n, *untrained, "--seed", n, cwd=tmp_path) for n in (1, 2)]
+    first, second = (summary_of(tmp_path / str(n))["val_loss"] for n in (1, 2))
+    assert first != second
+    first, second = (done.stdout.partition("\n\n")[2] for done in runs)
+    assert first != second
+
+
 def test_every_flag_reaches_the_run(text_file, tmp_path):
     given = {
         "block_size": 8, "n_layer": 2, "n_head": 1, "n_embd": 12, "dropout": 0.25, "bias": False, "steps": 3,
@@ -187,6 +201,7 @@ MISTAKES = {
     "sample": ("--sample-tokens 1.5", "--sample-tokens: must be a whole number of at least 0, not '1.5'"),
     "device": ("--device tpu", "--device: invalid choice: 'tpu'"),
     "missing": ("--data BAD/none.txt", "cannot read BAD/none.txt: No such file or directory"),
+    "line break": ("--data no\nfile", "cannot read no file: No such file or directory"),
     "directory": ("--data BAD", "cannot read BAD: Is a directory"),
     "empty": ("--data BAD/empty.txt", "BAD/empty.txt is empty"),
     "not UTF-8": ("--data BAD/latin1.txt", "BAD/latin1.txt is not UTF-8 text: byte 0xe9 at offset 3"),
@@ -204,13 +219,14 @@ MISTAKES = {
         *(pytest.param(*case, id=name) for name, case in MISTAKES.items()),
         pytest.param("--data /proc/self/mem", "cannot read /proc/self/mem: ", id="unreadable", marks=LINUX),
         pytest.param("--data BAD/secret.txt", "secret.txt: Permission denied", id="forbidden", marks=NO_ROOT),
+        pytest.param("--out /proc", "cannot write into /proc: ", id="out cannot be written into", marks=LINUX),
         pytest.param("--out /proc/new", "cannot write into /proc/new: ", id="out cannot be made", marks=LINUX),
         pytest.param("--out BAD/locked", "locked: Permission denied", id="out is forbidden", marks=NO_ROOT),
     ],
 )
 def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, bad_files, text_file, tmp_path):
     before = sorted(bad_files.iterdir())
-    arguments = [part.replace("BAD", str(bad_files)) for part in arguments.split()]
+    arguments = [part.replace("BAD", str(bad_files)) for part in arguments.split(" ")]
     done = run("--data", text_file, *SHORT, "--out", "made/by/mistake", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
@@ -229,12 +245,14 @@ def test_cuda_without_cupy_says_what_to_install(text_file, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_loss_that_explodes_ends_the_run_with_one_line(text_file, tmp_path):
-    done = run("--data", text_file, *SHORT, "--lr", 1e30, "--clip", 0, "--out", "o", cwd=tmp_path)
+@pytest.mark.parametrize(
+    ("steps", "bad"), [(20, "the loss is .* and the gradient norm"), (1, "the validation loss is")]
+)
+def test_a_loss_that_explodes_ends_the_run_with_one_line(steps, bad, text_file, tmp_path):
+    wild = ["--lr=1e30", "--clip=0", "--warmup=0", f"--steps={steps}"]
+    done = run("--data", text_file, *SHORT, *wild, "--out", "o", cwd=tmp_path)
     assert done.returncode == 1
-    assert re.fullmatch(
-        r"train_char.py: error: step \d+: the loss is .*a smaller learning rate may help\n", done.stderr
-    )
+    assert re.fullmatch(rf"train_char.py: error: step \d+: {bad} \S+; a smaller learning rate may help\n", done.stderr)
     assert list((tmp_path / "o").iterdir()) == []
 
 
@@ -297,6 +315,7 @@ def test_on_a_terminal_one_line_is_rewritten(columns, text_file, tmp_path):
     assert ("━" in live[0]) == (columns == 120)  # the bar, where there is room for it
     assert written.count(b"\x1b[2K") >= len(live) - 1  # each is wiped before the next is drawn
     assert [line.split("/")[0].strip() for line in shown if "validation loss" in line] == ["50", "100"]
+    assert b"\x1b[1A\x1b[2Kvalidation  loss" in written  # the last one gives way to the report
     assert "\nvalidation  loss" in text.replace("\r", "")
     assert written.count(b"\x1b[?25l") == written.count(b"\x1b[?25h") == 1  # the cursor comes back
 

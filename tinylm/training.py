@@ -22,12 +22,12 @@ class TrainConfig:
     steps: int = 2000
     batch_size: int = 12  # sequences a step
     accumulate: int = 1  # micro-batches that a step's batch is split into: less memory, the same gradient
-    lr: float = 4e-3
+    lr: float = 6e-3
     min_lr: float = 0.0
     warmup: int = 100  # steps
     beta1: float = 0.9
     beta2: float = 0.99
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     clip: float = 1.0  # largest global gradient norm; 0 does not clip
     eval_every: int = 250  # steps; 0 evaluates at the end only
     seed: int = 1337
