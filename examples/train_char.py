@@ -2,6 +2,7 @@
 
     python examples/train_char.py                    # two minutes on a laptop
     python examples/train_char.py --data novel.txt
+    python examples/train_char.py --resume           # go on where Ctrl-C, or a power cut, ended it
 
 Without --data it learns to write like the reference of the Python language, which comes with every Python.
 """
@@ -11,48 +12,87 @@ import json
 import math
 from argparse import Namespace
 from dataclasses import asdict
-from time import perf_counter
 
 from tinylm import GPT, GPTConfig, cli, random
-from tinylm.array import to_device
-from tinylm.data import Vocabulary, language_reference, read_text, split
+from tinylm.array import keep_freed_memory, to_device
+from tinylm.data import Vocabulary, fingerprint, language_reference, read_text, split
 from tinylm.files import writable_folder, write_whole
 from tinylm.plots import loss_curve
-from tinylm.training import Step, TrainConfig, train
+from tinylm.runs import Run, read_metrics
+from tinylm.training import TrainConfig, TrainState, train
 
 
 def main() -> None:
     parser = options()
     args = parser.parse_args()
-
     with parser.mistakes():
+        run = Run(args.out)
+        before = run.config() if args.resume and run.exists() else {}
+        parser.set_defaults(
+            **{name: value for name, value in before.items() if name in args}
+        )  # what is not said again stays as it was
+        args = parser.parse_args()
+
         config = cli.from_options(TrainConfig, args)
         text = language_reference() if args.data is None else read_text(args.data)
         vocabulary = Vocabulary.of(text)
-        train_tokens, val_tokens = split(vocabulary.encode(text), block_size=args.block_size)
+        tokens = vocabulary.encode(text)
+        train_tokens, val_tokens = split(tokens, block_size=args.block_size)
         random.seed(config.seed)
         model = GPT(cli.from_options(GPTConfig, args, vocab_size=len(vocabulary))).to(args.device)
-        out = writable_folder(args.out)  # last: a mistake leaves nothing behind
+        state, data = TrainState(model, config), fingerprint(tokens)
+        now = {"data": args.data, "device": args.device, **asdict(model.config), **asdict(config)}
+
+        if run.exists() and not (args.resume or args.overwrite):
+            raise ValueError(
+                f"{args.out} holds a run: --resume goes on with it, --overwrite replaces it, or choose --out"
+            )
+        writable_folder(args.out)  # last: a mistake leaves nothing behind
+        if before:
+            run.resume(state, vocabulary, data, tell=print)
+            cli.tell_changes(before, now, state.step)
+            run.write_config(now)
+        else:
+            if args.resume:
+                print(f"there is no run in {args.out} yet: beginning one")
+            run.start(now)
 
     print(f"text        {len(text):,} characters, {len(vocabulary)} different; the last tenth is for validation")
     print(f"model       {model.num_parameters():,} parameters", flush=True)
-    history: list[Step] = []
-    started = perf_counter()
-    with cli.Progress(config.steps) as progress:
-        for step in train(model, train_tokens, val_tokens, config):
+    keep_freed_memory()
+    saved = state.step
+    with cli.Progress(config.steps, state.step) as progress, cli.Stop() as stop:
+        for step in train(state, train_tokens, val_tokens):
             progress.show(step)
-            history.append(step)
-    summary = summarise(history, perf_counter() - started, model, config, args)
+            with progress.disk_trouble("the metrics"):
+                run.record(step)
+                if step.val_loss is not None:
+                    run.record_sample(step.step, sample(model, vocabulary, args, 200))
+            due = args.save_every and step.step % args.save_every == 0
+            best = step.val_loss is not None and step.val_loss == state.best_val_loss
+            if due or best or stop.signal or step.step == config.steps:
+                with progress.disk_trouble(f"step {step.step}"):
+                    run.save(state, vocabulary, data, args.keep_last)
+                    saved = step.step
+            if stop.signal:
+                raise cli.Stopped(
+                    stop.signal, f"{progress.stands}; saved is step {saved}, and --resume goes on from it"
+                )
+
+    if state.step < config.steps:
+        print(f"stopped     after step {state.step}: no better validation loss in {config.early_stop} evaluations")
+    history = read_metrics(args.out)
+    summary = summarise(history, run, model, now)
     print(f"validation  loss {summary['val_loss']:.4f}, perplexity {summary['perplexity']:.3f}, ", end="")
     print(f"{summary['bits_per_character']:.3f} bits a character")
     print(f"time        {cli.clock(summary['seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s", flush=True)
 
     picture = io.BytesIO()
     loss_curve(history, title=f"A GPT of {model.num_parameters():,} parameters").savefig(picture, dpi=150)
-    write_whole(out / "loss.png", picture.getvalue())
-    write_whole(out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"written     {out / 'loss.png'}, {out / 'summary.json'}\n")
-    print(sample(model, vocabulary, args))
+    write_whole(run.folder / "loss.png", picture.getvalue())
+    write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    print(f"written     {run.folder / 'loss.png'}, {run.folder / 'summary.json'}\n")
+    print(sample(model, vocabulary, args, args.sample_tokens))
 
 
 def options() -> cli.Parser:
@@ -87,12 +127,25 @@ def options() -> cli.Parser:
         weight_decay="AdamW's pull of the matrices towards zero",
         clip="largest norm of the gradient, longer ones are shortened to it; 0: no limit",
         eval_every="steps between two validations; 0: only at the end",
+        early_stop="stop after so many validations without a better one; 0: never",
         seed="of the initial weights, the batches, the dropout and the sample",
     )
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="DIR", default="runs/char", help="folder for loss.png and summary.json")
+    output.add_argument("--out", metavar="DIR", default="runs/char", help="the run's folder")
+    output.add_argument("--resume", action="store_true", default=None, help="go on with the run in --out")
+    output.add_argument("--overwrite", action="store_true", default=None, help="replace the run in --out")
+    output.add_argument(
+        "--save-every",
+        metavar="N",
+        type=cli.at_least(0),
+        default=250,
+        help="steps between two checkpoints; 0: the best only",
+    )
+    output.add_argument(
+        "--keep-last", metavar="K", type=cli.at_least(1), default=2, help="newest checkpoints to keep, beside the best"
+    )
     output.add_argument(
         "--sample-tokens", metavar="N", type=cli.at_least(0), default=500, help="characters that it writes at the end"
     )
@@ -105,26 +158,27 @@ def options() -> cli.Parser:
     return parser
 
 
-def summarise(history: list[Step], seconds: float, model: GPT, config: TrainConfig, args: Namespace) -> dict:
+def summarise(history: list[dict], run: Run, model: GPT, config: dict) -> dict:
     """What summary.json holds."""
-    val_loss = history[-1].val_loss
+    val_losses = [line["val_loss"] for line in history if "val_loss" in line]
     return {
-        "val_loss": val_loss,
-        "perplexity": math.exp(min(val_loss, 700)),
-        "bits_per_character": val_loss / math.log(2),
-        "steps": len(history),
-        "seconds": seconds,  # evaluation included
-        "tokens_per_second": sum(s.tokens for s in history) / sum(s.seconds for s in history),  # of training alone
+        "val_loss": val_losses[-1],
+        "best_val_loss": min(val_losses),
+        "perplexity": math.exp(min(val_losses[-1], 700)),
+        "bits_per_character": val_losses[-1] / math.log(2),
+        "steps": history[-1]["step"],
+        "seconds": run.seconds,  # of training, over all its resumptions; evaluation is not counted
+        "tokens_per_second": run.tokens / run.seconds,
         "parameters": model.num_parameters(),
-        "config": {"data": args.data, "device": args.device, **asdict(model.config), **asdict(config)},
+        "config": config,
     }
 
 
-def sample(model: GPT, vocabulary: Vocabulary, args: Namespace) -> str:
+def sample(model: GPT, vocabulary: Vocabulary, args: Namespace, n_tokens: int) -> str:
     """What the model writes after a line break."""
     start = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
     ids = to_device(vocabulary.encode(start)[None], args.device)
-    ids = model.generate(ids, args.sample_tokens, args.temperature, args.top_k, args.seed)
+    ids = model.generate(ids, n_tokens, args.temperature, args.top_k, args.seed)
     return vocabulary.decode(to_device(ids[0, 1:], "cpu"))
 
 

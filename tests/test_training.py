@@ -12,7 +12,7 @@ from torch_gpt import from_tinylm
 from tinylm import GPT, GPTConfig, Op, random
 from tinylm.data import Vocabulary, get_batch
 from tinylm.optim import warmup_cosine
-from tinylm.training import TrainConfig, evaluate, train
+from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 12
 VOCABULARY = Vocabulary.of(TEXT)
@@ -38,7 +38,7 @@ def make(dtype=np.float32, seed=0, **sizes):
 def run(model, tokens=TOKENS, val=TOKENS[:50], **config):
     """All steps of a training run."""
     settings = {"steps": 5, "batch_size": 8, "warmup": 2, "eval_every": 0, "seed": 1, **config}
-    return list(train(model, tokens, val, TrainConfig(**settings)))
+    return list(train(TrainState(model, TrainConfig(**settings)), tokens, val))
 
 
 def weights(model):
@@ -65,7 +65,7 @@ def test_the_loop_is_the_one_you_would_write_in_pytorch():
         {"params": [p for p in twin.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, betas=(config.beta1, config.beta2))
-    steps = list(train(model, TOKENS, TOKENS[:20], config))
+    steps = list(train(TrainState(model, config), TOKENS, TOKENS[:20]))
     for i, step in enumerate(steps):
         x, y = (torch.tensor(a) for a in get_batch(TOKENS, 4, 8, config.seed, i))
         optimizer.zero_grad()
@@ -240,7 +240,7 @@ class InfiniteGradient(Op):
 def test_what_is_not_finite_stops_before_it_reaches_the_parameters(spoil, message):
     model = make()
     spoiled_at(model, 3, spoil)
-    steps = train(model, TOKENS, TOKENS[:50], TrainConfig(steps=5, batch_size=8, eval_every=0))
+    steps = train(TrainState(model, TrainConfig(steps=5, batch_size=8, eval_every=0)), TOKENS, TOKENS[:50])
     next(steps), next(steps)
     before = weights(model)
     with pytest.raises(FloatingPointError, match=message):

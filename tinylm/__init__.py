@@ -1,7 +1,7 @@
 """tinylm: train language models from scratch, with every backward written by hand."""
 
 from . import autograd, nn, ops, optim, random
-from .autograd import Op, enable_grad, is_grad_enabled, no_grad
+from .autograd import Op, detect_anomaly, enable_grad, is_grad_enabled, no_grad
 from .gpt import GPT, GPTConfig
 from .gradcheck import GradcheckError, gradcheck
 from .registry import fused, override, reference_only
@@ -16,6 +16,7 @@ __all__ = [
     "Op",
     "Tensor",
     "autograd",
+    "detect_anomaly",
     "enable_grad",
     "fused",
     "gradcheck",

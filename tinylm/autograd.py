@@ -24,6 +24,7 @@ class _ThreadState(threading.local):
     """What recording depends on. Per thread, so that two threads may each run a tape of their own."""
 
     recording = True
+    anomaly = False  # look for values that are not finite
 
 
 _state = _ThreadState()
@@ -31,23 +32,29 @@ _creation = itertools.count()  # a node is always newer than its parents: creati
 
 
 @contextmanager
-def _recording(on: bool) -> Iterator[None]:
-    """Turn this thread's recording on or off; as a decorator, anew for each call, in whichever thread it runs."""
-    before, _state.recording = _state.recording, on
+def _switch(name: str, on: bool) -> Iterator[None]:
+    """Set one of this thread's switches; as a decorator, anew for each call, in whichever thread it runs."""
+    before = getattr(_state, name)
+    setattr(_state, name, on)
     try:
         yield
     finally:
-        _state.recording = before
+        setattr(_state, name, before)
 
 
 def no_grad() -> _GeneratorContextManager[None]:
     """Record nothing inside the `with` block (or the decorated function): nothing is saved for a backward."""
-    return _recording(False)
+    return _switch("recording", False)
 
 
 def enable_grad() -> _GeneratorContextManager[None]:
     """Record inside the `with` block even if the surroundings do not."""
-    return _recording(True)
+    return _switch("recording", True)
+
+
+def detect_anomaly() -> _GeneratorContextManager[None]:
+    """Raise FloatingPointError at the first op whose output or gradient is not finite; it names the op. Slow."""
+    return _switch("anomaly", True)
 
 
 def is_grad_enabled() -> bool:
@@ -137,6 +144,9 @@ class Op:
             ) from error
 
         outputs = y if isinstance(y, tuple) else (y,)
+        if _state.anomaly:
+            for a in outputs:
+                _check_finite(f"the output of {cls.name()}({_describe(arrays)})", a)
         if True in needs:
             op.order = next(_creation)
             op.parents = tuple(
@@ -195,6 +205,8 @@ def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) ->
             if isinstance(dx, np.generic):
                 dx = np.asarray(dx)  # NumPy's arithmetic on arrays of shape () returns scalars
             _check(f"{op.name()}.backward", f"the gradient of input {i}", dx, spec)
+            if _state.anomaly:
+                _check_finite(f"the gradient that {op.name()} gives its input {i}", dx)
             # Freshly allocated and returned once, views included: nobody else holds it, so the engine may add to it in place.
             held = sum(dx is other or dx is getattr(other, "base", None) for other in dxs)
             owned = dx.base is None and held == 1 and not any(dx is dy for dy in dys)
@@ -278,6 +290,17 @@ def _check(where: str, what: str, array: Array, spec: Any) -> None:
     if (array.shape, array.dtype) != spec:
         shape, dtype = spec
         raise RuntimeError(f"{where}: {what} is {array.shape} {array.dtype}, but must be {shape} {dtype}")
+
+
+def _check_finite(what: str, array: Array) -> None:
+    """Raise FloatingPointError if a floating `array` holds a NaN or an infinity."""
+    xp = array_module(array)
+    if array.dtype.kind == "f" and not bool((finite := xp.isfinite(array)).all()):
+        first = np.unravel_index(int((~finite).argmax()), array.shape)
+        raise FloatingPointError(
+            f"{what}: {int((~finite).sum())} of {array.size} values are not finite, "
+            f"the first at index {tuple(int(i) for i in first)}"
+        )
 
 
 def _describe(arrays: Sequence[Any]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from .optim import warmup_cosine
 from .training import Step
 
 Config = TypeVar("Config")
@@ -89,6 +91,8 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
         sys.stdout.flush()
         sys.exit(0)
+    except Stopped as stop:
+        message, status = f"stopped {stop}", stop.status
     except KeyboardInterrupt as stop:
         message, status = f"interrupted {stop}".strip(), 130
     except FloatingPointError as error:
@@ -102,6 +106,55 @@ def run(main: Callable[[], None]) -> NoReturn:
         message, status = f"error: {error}", 1
     print(f"{program}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+class Stopped(Exception):
+    """A run that ended because a signal asked for it; it is in order. Ends the program with 128 + the signal's number."""
+
+    def __init__(self, number: int, stands: str):
+        super().__init__(stands)
+        self.status = 128 + number
+
+
+class Stop:
+    """Inside, Ctrl-C and SIGTERM wait for the program to look: `stop.signal` is then the signal's number, else 0.
+
+    So a step is never cut in half. A second Ctrl-C does not wait.
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    def __enter__(self) -> "Stop":
+        self._before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _asked(self, number: int, _: object) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+
+
+def tell_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
+    """Print what a resumed run does otherwise than it did until `step`, and what that means for its schedule."""
+    for name, value in now.items():
+        if name in before and before[name] != value and name != "steps":
+            print(f"note: {name} was {before[name]} and is {value} from here on")
+    if before.get("steps") not in (None, now["steps"]):
+        at = [
+            warmup_cosine(step, config["steps"], config["lr"], config["warmup"], config["min_lr"])
+            for config in (before, now)
+        ]
+        print(
+            f"note: the run was to end after {before['steps']} steps and now ends after {now['steps']}; the cosine is "
+            f"stretched to it, and the learning rate goes on at {at[1]:.2e} instead of {at[0]:.2e}"
+        )
+    if step >= now["steps"]:
+        print(f"note: the run has had its {now['steps']} steps; give more --steps to go on")
 
 
 class Smooth:
@@ -128,11 +181,12 @@ class Progress:
     Ctrl-C inside comes out as a KeyboardInterrupt that says how far the run had come.
     """
 
-    def __init__(self, steps: int):
+    def __init__(self, steps: int, done: int = 0):
         from rich.console import Console
         from rich.live import Live
 
         self.steps = steps
+        self.done = done  # before this process began
         self.console = Console(highlight=False, markup=False)
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
         self.period = 0.1 if self.console.is_interactive else 5.0  # seconds between two lines
@@ -157,14 +211,14 @@ class Progress:
         at = f"{step.step:{len(str(self.steps))}}/{self.steps}"
         loss = f"loss {step.loss:.3f} smoothed {self.loss.add(step.loss):.3f}"
         speed = step.tokens / self.seconds.add(step.seconds)
-        left = clock((now - self.started) / step.step * (self.steps - step.step))
+        left = clock((now - self.started) / (step.step - self.done) * (self.steps - step.step))
         line = f"{at} {loss} lr {step.lr:.1e} norm {step.grad_norm:.2f} {speed:,.0f} tok/s {left} left"
         self.stands = f"after step {step.step} of {self.steps}: {loss}"
         if step.val_loss is not None:
             self.validated = f", validation loss {step.val_loss:.3f} at step {step.step}"
 
         if not self.console.is_interactive:
-            if step.val_loss is not None or step.step == 1 or now >= self.due:
+            if step.val_loss is not None or step.step == self.done + 1 or now >= self.due:
                 print(line if step.val_loss is None else f"{line} validation loss {step.val_loss:.3f}", flush=True)
                 self.due = now + self.period
             return
@@ -173,6 +227,18 @@ class Progress:
         if now >= self.due:
             self.live.update(self._with_bar(line, step.step), refresh=True)
             self.due = now + self.period
+
+    def say(self, message: str) -> None:
+        """Print a line of its own."""
+        self.console.print(message, soft_wrap=True)
+
+    @contextmanager
+    def disk_trouble(self, what: str) -> Iterator[None]:
+        """Inside, an OSError (a full disk) is told, and the run goes on: what was saved before is still there."""
+        try:
+            yield
+        except OSError as error:
+            self.say(f"warning: {what} could not be saved ({error.strerror}); the checkpoints before it are intact")
 
     def _with_bar(self, line: str, step: int) -> Any:
         """The line, and a bar where there is room for one beside it."""

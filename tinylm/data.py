@@ -1,6 +1,8 @@
 """Text -> tokens -> batches."""
 
-from collections.abc import Sequence
+import codecs
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +10,7 @@ import numpy as np
 from . import random
 
 BATCHES = 1  # names the stream of batch positions: every other stream of the same seed is independent of it
+CHUNK = 1 << 20  # bytes of a text, or tokens, that are worked on at a time: its arrays stay in the cache
 
 
 def language_reference() -> str:
@@ -19,20 +22,36 @@ def language_reference() -> str:
 
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file. Raises ValueError that says why it cannot be had: unreadable, empty, not text."""
+    return "".join(text for text, _ in read_chunks(path))
+
+
+def read_chunks(path: str | Path, size: int = CHUNK) -> Iterator[tuple[str, int]]:
+    """The text of a UTF-8 file in pieces of `size` bytes, each with its size; raises what `read_text` raises."""
+    decoder = codecs.getincrementaldecoder("utf-8")()  # keeps a character that lies across a border
+    offset = length = 0
     try:
-        content = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            while True:
+                kept = len(decoder.getstate()[0])
+                content = file.read(size)
+                try:
+                    text = decoder.decode(content, final=not content)
+                except UnicodeDecodeError as error:
+                    byte, at = error.object[error.start], offset - kept + error.start
+                    raise ValueError(f"{path} is not UTF-8 text: byte 0x{byte:02x} at offset {at}") from None
+                if 0 in content:
+                    raise ValueError(f"{path} is not text: byte 0x00 at offset {offset + content.index(0)}")
+                if offset == 0:
+                    text = text.removeprefix("\ufeff")  # a byte-order mark, as some editors put it
+                offset += len(content)
+                length += len(text)
+                if not content:
+                    break
+                yield text, len(content)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    try:
-        text = content.decode().removeprefix("\ufeff")  # a byte-order mark, as some editors put it
-    except UnicodeDecodeError as error:
-        at = error.start
-        raise ValueError(f"{path} is not UTF-8 text: byte 0x{content[at]:02x} at offset {at}") from None
-    if "\0" in text:
-        raise ValueError(f"{path} is not text: byte 0x00 at offset {content.index(0)}")
-    if not text:
+    if not length:
         raise ValueError(f"{path} is empty")
-    return text
 
 
 class Vocabulary:
@@ -42,7 +61,7 @@ class Vocabulary:
         if len(set(characters)) != len(characters) or not characters:
             raise ValueError("a vocabulary needs at least one character, each of them once")
         self.characters = characters
-        self._codes = _codes(characters)
+        self._codes = code_points(characters)
         self._order = np.argsort(self._codes)
 
     @classmethod
@@ -55,7 +74,7 @@ class Vocabulary:
 
     def encode(self, text: str) -> np.ndarray:
         """Token ids (N,), uint16 or uint32. Raises ValueError that names the characters it does not know."""
-        codes = _codes(text)
+        codes = code_points(text)
         place = np.searchsorted(self._codes, codes, sorter=self._order).clip(max=len(self) - 1)
         ids = self._order[place]
         if not (self._codes[ids] == codes).all():
@@ -68,7 +87,8 @@ class Vocabulary:
         return "".join(self.characters[i] for i in ids)
 
 
-def _codes(text: str) -> np.ndarray:
+def code_points(text: str) -> np.ndarray:
+    """The Unicode code point of each character, uint32."""
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
@@ -88,6 +108,11 @@ def split(
     return tokens[:cut], tokens[cut:]
 
 
+def fingerprint(tokens: np.ndarray) -> str:
+    """Identifies tokens by their values: the SHA-256 of their bytes, in hexadecimal."""
+    return hashlib.sha256(memoryview(np.ascontiguousarray(tokens)).cast("B")).hexdigest()
+
+
 def get_batch(
     tokens: np.ndarray, batch_size: int, block_size: int, seed: int, step: int, micro: int = 0, micros: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -104,3 +129,10 @@ def get_batch(
     starts = starts[batch_size * micro // micros : batch_size * (micro + 1) // micros]
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
     return windows[:, :-1], windows[:, 1:]
+
+
+if __name__ == "__main__":
+    from .cli import run
+    from .corpus import main
+
+    run(main)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .array import Array, array_module, pieces
+from .array import Array, array_module, pieces, to_device
 from .nn import Module, Parameter
 
 
@@ -80,6 +80,38 @@ class AdamW:
                 if p.grad is not None:
                     self._update(p, self._state_of(index, p), group["lr"], group["weight_decay"])
                 index += 1
+
+    # What a checkpoint holds of it; parameters are named by their place in `parameters()`.
+
+    def arrays(self) -> dict[str, Array]:
+        """The live moments: 'exp_avg.3' and 'exp_avg_sq.3' of parameter 3."""
+        return {f"{name}.{i}": state[name] for i, state in self.state.items() for name in ("exp_avg", "exp_avg_sq")}
+
+    def steps(self) -> list[int]:
+        """How many updates each parameter has had."""
+        return [self.state[i]["step"] if i in self.state else 0 for i in range(len(self.parameters()))]
+
+    def load(self, arrays: Mapping[str, Array], steps: list[int]) -> None:
+        """Take over what `arrays()` and `steps()` of another AdamW over the same parameters gave.
+
+        Raises ValueError where they do not belong to these parameters; nothing is loaded then.
+        """
+        parameters = self.parameters()
+        expected = {
+            f"{name}.{i}": parameters[i].shape
+            for i, step in enumerate(steps[: len(parameters)])
+            if step
+            for name in ("exp_avg", "exp_avg_sq")
+        }
+        if len(steps) != len(parameters) or {name: a.shape for name, a in arrays.items()} != expected:
+            raise ValueError("AdamW.load: the moments are not those of these parameters")
+        self.state = {}
+        for i, step in enumerate(steps):
+            if step:
+                state = self._state_of(i, parameters[i])
+                state["step"] = step
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name][...] = to_device(arrays[f"{name}.{i}"], parameters[i].device)
 
     def _state_of(self, index: int, p: Parameter) -> dict[str, Any]:
         if index not in self.state:

@@ -1,11 +1,9 @@
 """Pictures of a training run. matplotlib is imported when one is drawn, and needs no display."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-
-from .training import Step
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,13 +18,16 @@ def smooth(values: Sequence[float], reach: int = 25) -> np.ndarray:
     return (sums[end] - sums[start]) / (end - start)
 
 
-def loss_curve(steps: Sequence[Step], title: str = "") -> "Figure":
-    """The training loss of every step (faint), the same smoothed, and the validation loss where it was measured."""
+def loss_curve(metrics: Sequence[dict[str, Any]], title: str = "") -> "Figure":
+    """The training loss of every step (faint), the same smoothed, and the validation loss where it was measured.
+
+    `metrics` are the lines of a run's metrics.jsonl (see `runs.read_metrics`).
+    """
     from matplotlib.figure import Figure
 
-    at = [s.step for s in steps]
-    losses = [s.loss for s in steps]
-    measured = [(s.step, s.val_loss) for s in steps if s.val_loss is not None]
+    at = [line["step"] for line in metrics if "loss" in line]
+    losses = [line["loss"] for line in metrics if "loss" in line]
+    measured = [(line["step"], line["val_loss"]) for line in metrics if "val_loss" in line]
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()

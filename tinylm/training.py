@@ -1,15 +1,15 @@
 """The training loop, to be read from top to bottom."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 
 from . import random
-from .array import to_device
-from .autograd import no_grad
+from .array import array_module, to_device
+from .autograd import detect_anomaly, no_grad
 from .data import get_batch
 from .gpt import GPT
 from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
@@ -30,13 +30,14 @@ class TrainConfig:
     weight_decay: float = 0.3
     clip: float = 1.0  # largest global gradient norm; 0 does not clip
     eval_every: int = 250  # steps; 0 evaluates at the end only
+    early_stop: int = 0  # stop after so many evaluations without a new best one; 0 never
     seed: int = 1337
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "min_lr", "warmup", "weight_decay", "clip", "eval_every", "seed"):
+        for name in ("lr", "min_lr", "warmup", "weight_decay", "clip", "eval_every", "early_stop", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number and not negative, not {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -54,51 +55,106 @@ class Step:
     loss: float  # nats a token, of the batch before the update
     lr: float
     grad_norm: float  # before clipping
+    clipped: bool
     tokens: int  # of this step
     seconds: float  # of this step, evaluation not counted
     val_loss: float | None = None  # where this step ended with an evaluation
+    loss_scale: float | None = None  # where losses are scaled
 
 
-def train(model: GPT, train_tokens: np.ndarray, val_tokens: np.ndarray, config: TrainConfig) -> Iterator[Step]:
-    """Train `model` in place, and yield what each step did, as it is done.
+class TrainState:
+    """All that a run needs to go on from where it stands: what a checkpoint holds."""
 
-    Raises FloatingPointError at a loss or gradient that is not finite, before it reaches the parameters.
+    def __init__(self, model: GPT, config: TrainConfig):
+        self.model = model
+        self.config = config
+        self.optimizer = AdamW(decay_groups(model, config.weight_decay), config.lr, (config.beta1, config.beta2))
+        self.step = 0  # steps done
+        self.val_loss: float | None = None  # where the last step ended with an evaluation
+        self.best_val_loss: float | None = None
+        self.evaluations_since_best = 0
+
+
+def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -> Iterator[Step]:
+    """Train `state.model` in place from step `state.step` on, and yield what each step did, as it is done.
+
+    Everything random depends on the seed and the step alone, so a run that is stopped after any yield and goes on from
+    a copy of `state` does exactly what it would have done. Raises FloatingPointError at a loss or gradient that is not
+    finite, before it reaches the parameters; it names the first tensor that went bad.
     """
-    optimizer = AdamW(decay_groups(model, config.weight_decay), config.lr, (config.beta1, config.beta2))
-    parameters = optimizer.parameters()
-    device = parameters[0].device
-    block_size = model.config.block_size
-    random.seed(config.seed)
+    model, optimizer, config = state.model, state.optimizer, state.config
     model.train()
 
-    for step in range(config.steps):
+    while state.step < config.steps:
         started = perf_counter()
 
-        # The gradient of the mean loss over the batch, one micro-batch after another.
+        # The gradient of the mean loss over the batch.
         optimizer.zero_grad()
-        loss = 0.0
-        for micro in range(config.accumulate):
-            batch = get_batch(train_tokens, config.batch_size, block_size, config.seed, step, micro, config.accumulate)
-            x, y = (to_device(a, device) for a in batch)
-            part = model.loss(x, y) * (len(x) / config.batch_size)
-            part.backward()
-            loss += part.item()
+        loss = batch_gradient(model, train_tokens, config, state.step)
+        grad_norm = clip_grad_norm_(optimizer.parameters(), config.clip or math.inf)
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            culprit = first_not_finite(model, lambda: batch_gradient(model, train_tokens, config, state.step))
+            raise FloatingPointError(
+                f"step {state.step + 1}: the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}; {culprit}"
+            )
 
         # The update.
-        grad_norm = clip_grad_norm_(parameters, config.clip or math.inf)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise FloatingPointError(f"step {step + 1}: the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}")
-        lr = warmup_cosine(step, config.steps, config.lr, config.warmup, config.min_lr)
+        lr = warmup_cosine(state.step, config.steps, config.lr, config.warmup, config.min_lr)
         optimizer.set_lr(lr)
         optimizer.step()
+        state.step += 1
 
-        done = Step(step + 1, loss, lr, grad_norm, config.batch_size * block_size, perf_counter() - started)
-        last = step + 1 == config.steps
-        if last or (config.eval_every and (step + 1) % config.eval_every == 0):
-            done.val_loss = evaluate(model, val_tokens, config.batch_size)
+        clipped = 0 < config.clip < grad_norm
+        tokens = config.batch_size * model.config.block_size
+        done = Step(state.step, loss, lr, grad_norm, clipped, tokens, perf_counter() - started)
+        state.val_loss = None
+        if state.step == config.steps or (config.eval_every and state.step % config.eval_every == 0):
+            done.val_loss = state.val_loss = evaluate(model, val_tokens, config.batch_size)
             if not math.isfinite(done.val_loss):
-                raise FloatingPointError(f"step {step + 1}: the validation loss is {done.val_loss:.4g}")
+                raise FloatingPointError(f"step {state.step}: the validation loss is {done.val_loss:.4g}")
+            if state.best_val_loss is None or done.val_loss < state.best_val_loss:
+                state.best_val_loss, state.evaluations_since_best = done.val_loss, 0
+            else:
+                state.evaluations_since_best += 1
         yield done
+        if config.early_stop and state.evaluations_since_best >= config.early_stop:
+            return
+
+
+def batch_gradient(model: GPT, tokens: np.ndarray, config: TrainConfig, step: int) -> float:
+    """Add the gradient of the mean loss over one step's batch to the parameters, and return that loss.
+
+    One micro-batch after another: each loss is weighted by its share of the batch's sequences, and the gradients sum up
+    to those of the whole batch, in the memory of one micro-batch.
+    """
+    device = next(model.parameters()).device
+    loss = 0.0
+    first = 0
+    for micro in range(config.accumulate):
+        batch = get_batch(
+            tokens, config.batch_size, model.config.block_size, config.seed, step, micro, config.accumulate
+        )
+        x, y = (to_device(a, device) for a in batch)
+        # Dropout's masks depend on the step and on the sequence's place in the whole batch, however it is divided.
+        random.seed(config.seed, (step + 1) << 32, first_sample=first)
+        part = model.loss(x, y) * (len(x) / config.batch_size)
+        part.backward()
+        loss += part.item()
+        first += len(x)
+    return loss
+
+
+def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
+    """Run `compute` again, and say where the first value that is not finite arises."""
+    for name, p in model.named_parameters():
+        if not bool(array_module(p.data).isfinite(p.data).all()):
+            return f"parameter {name} is not finite before the step"
+    try:
+        with detect_anomaly():
+            compute()
+    except FloatingPointError as error:
+        return f"it began in {error}"
+    return "a second look found nothing: the norm of the gradient itself is beyond its dtype"
 
 
 @no_grad()
