@@ -29,7 +29,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which takes the place of `path` at the end of the block; where the block fails, it is gone."""
+    """A file to write into, which takes the place of `path` when the block ends, and is gone when it fails."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:
