@@ -74,6 +74,14 @@ def test_layer_norm_of_float16(device):
     assert {x.grad.dtype, weight.grad.dtype, bias.grad.dtype} == {np.dtype(np.float16)}
 
 
+def test_the_mean_of_float16_rows_is_not_rounded(device):
+    """Around 1,000 float16's steps are 0.5 wide: a mean rounded to them would shift a row of deviation 2 by a tenth."""
+    x = np.tile([997.0, 1000.0, 1000.5, 1003.0, 1000.5], (1, 10)) + np.arange(50) % 2 / 2
+    wide = torch.tensor(x.astype(np.float16).astype(np.float64))
+    y = ops.layer_norm(device.tensor(x, np.float16), device.array(np.ones(50), np.float16))
+    assert_close(y, torch_layer_norm(wide, torch.ones(50, dtype=torch.float64)), rtol=2e-3, atol=2e-3)
+
+
 def test_float16_sums_over_many_rows_are_formed_in_float32(device):
     x = device.tensor(np.tile([1.0, -1.0], (4096, 1)), np.float16)
     weight, bias = device.leaf(np.ones(2), np.float16), device.leaf(np.zeros(2), np.float16)

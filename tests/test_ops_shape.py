@@ -1,5 +1,7 @@
 """Rearranging ops: reshape, transpose, concatenate, stack, split, index, broadcast_to."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -34,6 +36,12 @@ def test_transpose(device, shape, data):
     axes = tuple(a - len(shape) if data.draw(st.booleans()) else a for a in order)
     check(device, lambda x: x.transpose(*axes), lambda x: x.permute(order), normal(*shape))
     check(device, lambda x: x.T, lambda x: x.permute(*reversed(range(x.ndim))), normal(*shape))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+def test_every_order_of_three_axes(device, order):
+    """Only with three axes is there an order that is not its own inverse."""
+    check(device, lambda x: x.transpose(order), lambda x: x.permute(order), normal(2, 3, 4), differences=False)
 
 
 @draws
