@@ -20,14 +20,24 @@ from tinylm import GPTConfig, cli
 from tinylm.data import language_reference, read_text, split
 from tinylm.files import writable_folder, write_whole
 from tinylm.plots import loss_curve, smooth
-from tinylm.training import Step, TrainConfig
+from tinylm.training import TrainConfig
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "train_char.py"
 TEXT = "".join(f"the {n}th line of a text, in which {n % 7} rhymes with heaven\n" for n in range(60))
 SMALL = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=16", "--batch-size=4"]
 SHORT = [*SMALL, "--steps=20", "--warmup=2", "--eval-every=10", "--sample-tokens=40"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-MEASURED = {"val_loss", "perplexity", "bits_per_character", "steps", "seconds", "tokens_per_second", "parameters"}
+RUN = {"config.json", "metrics.jsonl", "checkpoints", "samples.txt"}
+MEASURED = {
+    "val_loss",
+    "best_val_loss",
+    "perplexity",
+    "bits_per_character",
+    "steps",
+    "seconds",
+    "tokens_per_second",
+    "parameters",
+}
 
 
 def command(*arguments):
@@ -66,7 +76,7 @@ def test_a_run_tells_and_writes_what_it_did(short_run):
     folder, done = short_run
     assert (done.returncode, done.stderr) == (0, "")
     out = folder / "new" / "folder"
-    assert {path.name for path in out.iterdir()} == {"loss.png", "summary.json"}
+    assert {path.name for path in out.iterdir()} == RUN | {"loss.png", "summary.json"}
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
 
     summary = summary_of(out)
@@ -75,7 +85,7 @@ def test_a_run_tells_and_writes_what_it_did(short_run):
     assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]))
     assert summary["bits_per_character"] == pytest.approx(math.log2(summary["perplexity"]))
     assert summary["steps"] == 20
-    assert summary["seconds"] > 20 * 4 * 16 / summary["tokens_per_second"]
+    assert summary["seconds"] * summary["tokens_per_second"] == pytest.approx(20 * 4 * 16)
     C, V, T = 16, len(set(TEXT)), 16
     assert summary["parameters"] == (V + T) * C + 12 * C * C + 13 * C + 2 * C
     shown = {"data", "device", *(f.name for f in fields(GPTConfig)), *(f.name for f in fields(TrainConfig))}
@@ -132,7 +142,7 @@ def test_every_flag_reaches_the_run(text_file, tmp_path):
     given = {
         "block_size": 8, "n_layer": 2, "n_head": 1, "n_embd": 12, "dropout": 0.25, "bias": False, "steps": 3,
         "batch_size": 6, "accumulate": 2, "lr": 0.002, "min_lr": 0.001, "warmup": 1, "beta1": 0.8, "beta2": 0.9,
-        "weight_decay": 0.02, "clip": 0.5, "eval_every": 0, "seed": 7,
+        "weight_decay": 0.02, "clip": 0.5, "eval_every": 0, "early_stop": 5, "seed": 7,
     }  # fmt: skip
     assert set(given) == {f.name for c in (GPTConfig, TrainConfig) for f in fields(c)} - {"vocab_size"}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "bias"]
@@ -163,8 +173,9 @@ def test_help_shows_every_default(tmp_path):
     assert flags.pop("-h")
     defaults = {f.name: str(f.default) for c in (GPTConfig, TrainConfig) for f in fields(c) if f.name != "vocab_size"}
     defaults |= {"data": "Python's own language reference", "top_k": "all", "device": "cpu", "out": "runs/char"}
-    defaults |= {"sample_tokens": "500", "temperature": "0.8"}
+    defaults |= {"sample_tokens": "500", "temperature": "0.8", "save_every": "250", "keep_last": "2"}
     shown = {flag[2:].replace("-", "_"): re.findall(r"\(default: (.*?)\)", about) for flag, about in flags.items()}
+    assert shown.pop("resume") == shown.pop("overwrite") == []
     assert shown == {name: [default] for name, default in defaults.items()}
 
 
@@ -252,8 +263,8 @@ def test_a_loss_that_explodes_ends_the_run_with_one_line(steps, bad, text_file, 
     wild = ["--lr=1e30", "--clip=0", "--warmup=0", f"--steps={steps}"]
     done = run("--data", text_file, *SHORT, *wild, "--out", "o", cwd=tmp_path)
     assert done.returncode == 1
-    assert re.fullmatch(rf"train_char.py: error: step \d+: {bad} \S+; a smaller learning rate may help\n", done.stderr)
-    assert list((tmp_path / "o").iterdir()) == []
+    assert re.fullmatch(rf"train_char.py: error: step \d+: {bad} .*; a smaller learning rate may help\n", done.stderr)
+    assert {path.name for path in (tmp_path / "o").iterdir()} <= RUN
 
 
 def test_a_reader_that_goes_away_is_no_traceback(text_file, tmp_path):
@@ -279,10 +290,10 @@ def test_ctrl_c_says_where_things_stand(text_file, tmp_path):
     _, stderr = program.communicate(timeout=60)
     assert program.returncode == 130
     stands = r"after step (\d+) of 1000000000: loss [\d.]+ smoothed [\d.]+, validation loss [\d.]+ at step (\d+)"
-    at = re.fullmatch(rf"train_char.py: interrupted {stands}\n", stderr)
+    at = re.fullmatch(rf"train_char.py: stopped {stands}; saved is step \1, and --resume goes on from it\n", stderr)
     assert at, stderr
     assert 0 <= int(at[1]) - int(at[2]) < 10
-    assert list((tmp_path / "o").iterdir()) == []
+    assert {path.name for path in (tmp_path / "o").iterdir()} <= RUN
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -369,7 +380,8 @@ def test_the_running_average_is_unbiased_from_the_start():
 
 
 def test_the_loss_curve_shows_training_and_validation():
-    steps = [Step(n, 4 / n, 1e-3, 1.0, 64, 0.1, 2.0 + n if n % 5 == 0 else None) for n in range(1, 11)]
+    steps = [{"step": n, "loss": 4 / n} for n in range(1, 11)]
+    steps += [{"step": n, "val_loss": 2.0 + n} for n in (5, 10)]
     (axes,) = loss_curve(steps).axes
     each, smoothed, validation = axes.lines
     np.testing.assert_allclose(each.get_ydata(), [4 / n for n in range(1, 11)])

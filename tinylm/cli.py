@@ -109,7 +109,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 class Stopped(Exception):
-    """A run that ended because a signal asked for it; it is in order. Ends the program with 128 + the signal's number."""
+    """A run ended, in order, because a signal asked for it. Ends the program with 128 + the signal's number."""
 
     def __init__(self, number: int, stands: str):
         super().__init__(stands)
@@ -203,7 +203,7 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.live.stop()
         if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(self.stands + self.validated) from None
+            raise KeyboardInterrupt(self.stands) from None
 
     def show(self, step: Step) -> None:
         """Tell of a step that was done."""
@@ -213,9 +213,9 @@ class Progress:
         speed = step.tokens / self.seconds.add(step.seconds)
         left = clock((now - self.started) / (step.step - self.done) * (self.steps - step.step))
         line = f"{at} {loss} lr {step.lr:.1e} norm {step.grad_norm:.2f} {speed:,.0f} tok/s {left} left"
-        self.stands = f"after step {step.step} of {self.steps}: {loss}"
         if step.val_loss is not None:
             self.validated = f", validation loss {step.val_loss:.3f} at step {step.step}"
+        self.stands = f"after step {step.step} of {self.steps}: {loss}{self.validated}"
 
         if not self.console.is_interactive:
             if step.val_loss is not None or step.step == self.done + 1 or now >= self.due:
