@@ -106,7 +106,7 @@ def test_equal_keys_are_averaged(device):
 
 def test_float16_scores_and_sums_are_formed_in_float32(device):
     """2,100 equal values of 1: a float16 sum of the exponentials stops at 2048; q k^T = 90,000 overflows float16."""
-    q, k = (device.leaf(np.full((1, 1, 2100, 4), 150.0), np.float16) for _ in range(2))
+    q, k = (device.leaf(np.full((1, 1, 2100, 16), 150.0), np.float16) for _ in range(2))
     v = device.leaf(np.ones((1, 1, 2100, 4)), np.float16)
     y = ops.causal_attention(q, k, v)
     assert y.dtype == np.float16
@@ -162,6 +162,15 @@ def test_dropout_drops_weights_and_keeps_the_expectation(device):
     kept = y[:, :, 0].ravel()
     assert {round(float(x), 5) for x in kept} == {0.0, round(1 / 0.75, 5)}
     assert (kept == 0).mean() == pytest.approx(0.25, abs=0.07)
+
+
+def test_no_two_blocks_share_a_mask(device, monkeypatch):
+    """Whether query t keeps key 0 says nothing about query t + 1. With v = 1, y is P."""
+    monkeypatch.setattr(attention, "BLOCK", 1)
+    zeros = device.tensor(np.zeros((400, 1, 3, 2)), np.float32)
+    v = device.tensor(np.tile(np.eye(3), (400, 1, 1, 1)), np.float32)
+    kept = host(ops.causal_attention(zeros, zeros, v, dropout=0.5))[:, 0, :, 0] > 0
+    assert abs(np.corrcoef(kept.T) - np.eye(3)).max() < 0.25
 
 
 def test_dropout_depends_on_the_sample_not_on_the_batch(device):
