@@ -6,11 +6,9 @@ Shapes: B sequences, T tokens, C = n_embd channels, H heads of D = C / H, vocabu
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
+from . import generate as generation
 from . import ops, random
 from .array import Array, array_module
-from .autograd import no_grad
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module
 from .tensor import Tensor
 
@@ -37,6 +35,31 @@ class GPTConfig:
             raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
+class KeyValues:
+    """The keys and values of the tokens that an attention layer has seen, so that none is computed a second time."""
+
+    def __init__(self, block_size: int):
+        self.block_size = block_size
+        self.length = 0  # tokens seen
+        self.arrays: list[Array] = []  # keys and values, each (B, H, block_size, D), filled as far as `length`
+
+    def append(self, *new: Tensor) -> list[Tensor]:
+        """Keep the keys and values (B, H, T, D) of T further tokens; returns those of all.
+
+        Raises ValueError while recording: the cache holds arrays, and no gradient would reach the tokens before.
+        """
+        if any(x.requires_grad for x in new):
+            raise ValueError("a cache of keys and values carries no gradients: use it under no_grad()")
+        if not self.arrays:
+            self.arrays = [
+                array_module(x.data).empty((*x.shape[:2], self.block_size, x.shape[3]), x.dtype) for x in new
+            ]
+        before, self.length = self.length, self.length + new[0].shape[2]
+        for array, x in zip(self.arrays, new, strict=True):
+            array[:, :, before : self.length] = x.data
+        return [Tensor(array[:, :, : self.length]) for array in self.arrays]
+
+
 class Attention(Module):
     """Multi-head causal self-attention: (B, T, C) -> (B, T, C)."""
 
@@ -47,9 +70,11 @@ class Attention(Module):
         self.c_proj = Linear(config.n_embd, config.n_embd, config.bias)
         self.drop = Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: KeyValues | None = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = (heads.reshape(B, T, self.n_head, -1).swapaxes(1, 2) for heads in self.c_attn(x).split(3, axis=-1))
+        if cache is not None:
+            k, v = cache.append(k, v)
         y = ops.causal_attention(q, k, v, self.dropout, self.training)  # (B, H, T, D)
         return self.drop(self.c_proj(y.swapaxes(1, 2).reshape(B, T, C)))
 
@@ -75,8 +100,8 @@ class Block(Module):
         self.ln_2 = LayerNorm(config.n_embd, config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, cache: KeyValues | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -90,10 +115,11 @@ class Transformer(Module):
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 
-    def forward(self, ids: Array) -> Tensor:
-        x = self.drop(self.wte(ids) + self.wpe.weight[: ids.shape[1]])
-        for block in self.h:
-            x = block(x)
+    def forward(self, ids: Array, cache: list[KeyValues] | None = None) -> Tensor:
+        seen = cache[0].length if cache else 0
+        x = self.drop(self.wte(ids) + self.wpe.weight[seen : seen + ids.shape[1]])
+        for i, block in enumerate(self.h):
+            x = block(x, cache[i] if cache else None)
         return self.ln_f(x)
 
 
@@ -114,14 +140,23 @@ class GPT(Module):
             elif name.endswith("bias"):
                 p.data[...] = 0
 
-    def hidden(self, ids: Tensor | Array) -> Tensor:
-        """The last hidden states (B, T, C). Raises ValueError for ids of another rank or longer than the block size."""
+    def hidden(self, ids: Tensor | Array, cache: list[KeyValues] | None = None) -> Tensor:
+        """The last hidden states (B, T, C). Raises ValueError for ids of another rank or longer than the block size.
+
+        With `cache`, from `new_cache()`, the ids go on from those it has seen, and the cache grows by them.
+        """
         ids = ids.data if isinstance(ids, Tensor) else ids
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size:
+        seen = cache[0].length if cache else 0
+        if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
             raise ValueError(
                 f"GPT takes ids of shape (B, T) with 1 <= T <= block_size = {self.config.block_size}, not {ids.shape}"
+                + (f" after {seen} in the cache" if seen else "")
             )
-        return self.transformer(ids)
+        return self.transformer(ids, cache)
+
+    def new_cache(self) -> list[KeyValues]:
+        """An empty cache for `hidden`, one part for each layer. Only under no_grad."""
+        return [KeyValues(self.config.block_size) for _ in self.transformer.h]
 
     def forward(self, ids: Tensor | Array) -> Tensor:
         """Logits (B, T, V); those at position t see the tokens up to and including t."""
@@ -131,31 +166,5 @@ class GPT(Module):
         """Mean cross-entropy, in nats a token, of targets (B, T) given ids (B, T)."""
         return ops.cross_entropy(self(ids), targets)
 
-    @no_grad()
-    def generate(
-        self, ids: Array, n_tokens: int, temperature: float = 1.0, top_k: int | None = None, seed: int = 0
-    ) -> Array:
-        """Continue each row of ids (B, T) by `n_tokens` tokens: returns (B, T + n_tokens), on the device of `ids`.
-
-        Samples from softmax(logits / temperature), from the `top_k` likeliest only if given; temperature 0 takes the
-        likeliest. What is older than the block size is forgotten.
-        """
-        if temperature < 0:
-            raise ValueError(f"temperature must not be negative: {temperature}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be at least 1, not {top_k}")
-        xp = array_module(ids)
-        noise = random.generator(seed)
-        training = self.training
-        self.eval()
-        try:
-            for _ in range(n_tokens):
-                logits = self(ids[:, -self.config.block_size :])[:, -1].numpy().astype(np.float64)
-                if top_k is not None and top_k < logits.shape[1]:
-                    logits[logits < np.sort(logits)[:, -top_k, None]] = -np.inf
-                if temperature > 0:  # Gumbel's trick: the argmax of logits + Gumbel noise is a sample of the softmax
-                    logits = logits / temperature + noise.gumbel(size=logits.shape)
-                ids = xp.concatenate([ids, xp.asarray(logits.argmax(axis=1)[:, None])], axis=1)
-        finally:
-            self.train(training)
-        return ids
+    generate = generation.generate
+    stream = generation.stream

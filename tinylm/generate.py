@@ -1,0 +1,253 @@
+"""Writing with a GPT: token after token, each drawn from what the model expects after those before it."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from . import ops, random
+from .array import Array, array_module, is_array, to_device
+from .autograd import no_grad
+
+if TYPE_CHECKING:
+    from .gpt import GPT
+
+SAMPLES = 2  # names the stream of this noise: every other stream of the same seed is independent of it
+
+
+def generate(
+    model: "GPT",
+    prompts: Array | Sequence[Any],
+    n_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    *,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    cache: bool = True,
+) -> Array | list[Array]:
+    """Continue each prompt by up to `n_tokens` tokens; returns prompts and what follows them, int64.
+
+    `prompts` is an array of ids (B, T), or a list of B sequences of ids, each as long as it likes. Of an array comes an
+    array (B, T + n_tokens) on the same device; of a list, a list of arrays.
+
+    A token is drawn from softmax(logits / temperature), or is the likeliest if the temperature is 0. `top_k` leaves
+    the k likeliest to choose from, `top_p` then the fewest that have probability p together; see `keep_likeliest`.
+    The token `stop` ends its row: a list's row ends there, an array's is filled up with `stop`, and the
+    array ends where the last row does.
+
+    The noise of a row is a function of `seed` and its prompt, so the rows beside it change nothing (a difference in
+    rounding aside, where two tokens are as good as equal). Of equal prompts each has noise of its own.
+
+    The model sees the end of the text from `window_start` on. With `cache` it computes each token's keys and values
+    once, which makes a token as cheap at the end of a block as at its beginning; without, the same tokens come slower.
+
+    Raises ValueError or TypeError for an empty prompt, a token outside the vocabulary, an option that makes no sense.
+    """
+    tokens = stream(model, prompts, n_tokens, temperature, top_k, seed, top_p=top_p, stop=stop, cache=cache)
+    with evaluation(model):
+        new = np.array(list(tokens), np.int64).reshape(-1, len(prompts)).T  # (B, n)
+    if is_array(prompts):
+        return _joined(prompts, new)
+    ends = [_through(stop, row) for row in new]
+    return [_joined(prompt, row[:end]) for prompt, row, end in zip(prompts, new, ends, strict=True)]
+
+
+def stream(
+    model: "GPT",
+    prompts: Array | Sequence[Any],
+    n_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    seed: int = 0,
+    *,
+    top_p: float = 1.0,
+    stop: int | None = None,
+    cache: bool = True,
+) -> Iterator[np.ndarray]:
+    """What `generate` adds, as it comes: an iterator over the next token of each row, (B,) on the host.
+
+    A row that has stopped goes on with `stop`, until all have. Between two tokens everything is as the caller had it:
+    the model's mode, and whether operations are recorded.
+    """
+    rows = _checked_prompts(prompts, model.config.vocab_size)
+    _check_options(n_tokens, temperature, top_k, top_p, stop, model.config.vocab_size)
+    # Rows of one length are one batch: they slide together, and none needs padding.
+    batches = []
+    for length in sorted({len(row) for row in rows}):
+        members = np.flatnonzero([len(row) == length for row in rows])
+        batches.append((members, Reader(model, np.stack([rows[i] for i in members]), cache)))
+    noise = _noise(rows, seed)
+
+    def tokens() -> Iterator[np.ndarray]:
+        going = np.ones(len(rows), bool)
+        for _ in range(n_tokens):
+            new = np.zeros(len(rows), np.int64)
+            for members, reader in batches:
+                if going[members].any():
+                    drawn = sample(reader.logits(), temperature, top_k, top_p, [noise[i] for i in members])
+                    reader.append(drawn)
+                    new[members] = drawn
+            if stop is not None:
+                new[~going] = stop
+                going &= new != stop
+            yield new
+            if not going.any():
+                break
+
+    return tokens()
+
+
+class Reader:
+    """Rows of tokens (B, T) that grow together, and what the model expects next."""
+
+    def __init__(self, model: "GPT", ids: np.ndarray, cache: bool = True):
+        self.model = model
+        self.ids = to_device(ids, next(model.parameters()).device)
+        self.start = 0  # how many tokens have slid out on the left
+        self.cached = cache
+        self.cache = model.new_cache() if cache else None
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Add a token (B,) to each row."""
+        xp = array_module(self.ids)
+        self.ids = xp.concatenate([self.ids, xp.asarray(tokens[:, None])], axis=1)
+
+    @no_grad()
+    def logits(self) -> np.ndarray:
+        """Of the next token, once after each append: (B, V) in float64, on the host."""
+        length = self.start + self.ids.shape[1]
+        slide = window_start(length, self.model.config.block_size) - self.start
+        if slide:  # every token has another position now, and with it other keys and values
+            self.start += slide
+            self.ids = self.ids[:, slide:]
+            self.cache = self.model.new_cache() if self.cached else None
+        unseen = self.ids[:, self.cache[0].length :] if self.cache else self.ids
+        with evaluation(self.model):
+            last = self.model.hidden(unseen, self.cache)[:, -1]
+            logits = ops.linear(last, self.model.transformer.wte.weight).numpy().astype(np.float64)
+        if not np.isfinite(logits.max(axis=1)).all():
+            raise FloatingPointError("the model's logits are not finite")
+        return logits
+
+
+def window_start(length: int, block_size: int) -> int:
+    """Where the model begins to read to say what comes after `length` tokens: 0 while they fit into a block.
+
+    Whenever the window slides, every token in it gets another position, and its keys and values must be computed again.
+    To slide by one token would cost a whole block for each new token. So it slides by a quarter of a block, and has
+    room for as many tokens before it slides again: shared among them the price is small, and the model never sees
+    less than three quarters of a block. A function of the length alone, the start is the same with and without a
+    cache, and for a text whether it was given or generated.
+    """
+    stride = max(1, block_size // 4)
+    return -(-max(0, length - block_size) // stride) * stride
+
+
+def sample(
+    logits: np.ndarray, temperature: float, top_k: int | None, top_p: float, noise: Sequence[np.random.Generator]
+) -> np.ndarray:
+    """A token for each row of logits (B, V), drawn by the row's own generator: (B,)."""
+    if temperature == 0:
+        return logits.argmax(axis=1)
+    with np.errstate(over="ignore"):  # a tiny temperature: all but the likeliest become -inf
+        logits = (logits - logits.max(axis=1, keepdims=True)) / temperature
+    logits = keep_likeliest(logits, top_k, top_p)
+    # Gumbel's trick: the argmax of logits + Gumbel noise is a sample of their softmax.
+    return (logits + [generator.gumbel(size=logits.shape[1]) for generator in noise]).argmax(axis=1)
+
+
+def keep_likeliest(logits: np.ndarray, top_k: int | None = None, top_p: float = 1.0) -> np.ndarray:
+    """Logits (B, V) with -inf for what may not be chosen.
+
+    `top_k` keeps k tokens, the likeliest. `top_p` (Holtzman et al., 2020) keeps the fewest of these that have, of
+    their probability, a share of p or more. Of equal logits the lower id comes first.
+    """
+    if top_k is None and top_p == 1:
+        return logits
+    order = np.argsort(-logits, axis=1, kind="stable")
+    ranked = np.take_along_axis(logits, order, axis=1)
+    if top_k is not None:
+        ranked[:, top_k:] = -np.inf
+    if top_p < 1:
+        p = np.exp(ranked - ranked[:, :1])
+        p /= p.sum(axis=1, keepdims=True)
+        ranked[:, 1:][p.cumsum(axis=1)[:, :-1] >= top_p] = -np.inf  # those before it have reached p already
+    kept = np.empty_like(logits)
+    np.put_along_axis(kept, order, ranked, axis=1)
+    return kept
+
+
+@contextmanager
+def evaluation(model: "GPT") -> Iterator[None]:
+    """Evaluation mode inside, afterwards the mode the model was in."""
+    training = model.training
+    if training:
+        model.eval()
+    try:
+        yield
+    finally:
+        if training:
+            model.train()
+
+
+def _noise(rows: Sequence[np.ndarray], seed: int) -> list[np.random.Generator]:
+    """A generator for each row: a function of the seed, the prompt, and how many rows before it have the same one."""
+    seen: Counter[bytes] = Counter()
+    generators = []
+    for row in rows:
+        prompt = row.tobytes()
+        generators.append(random.generator(SAMPLES, seed, seen[prompt], len(row), *row))
+        seen[prompt] += 1
+    return generators
+
+
+def _checked_prompts(prompts: Any, vocab_size: int) -> list[np.ndarray]:
+    """The prompts as rows of int64 on the host."""
+    if is_array(prompts) and prompts.ndim != 2:
+        raise ValueError(f"prompts must be an array of shape (B, T) or a list of sequences, not {prompts.shape}")
+    rows = [to_device(p, "cpu") if is_array(p) else np.asarray(p) for p in prompts]
+    if not rows:
+        raise ValueError("there is no prompt")
+    for i, row in enumerate(rows):
+        which = f"prompt {i}" if len(rows) > 1 else "the prompt"
+        if row.size == 0:
+            raise ValueError(f"{which} is empty: the model needs a token to go on from")
+        if row.ndim != 1:
+            raise ValueError(f"{which} must be of shape (T,), not {row.shape}; a list holds one sequence for each row")
+        if row.dtype.kind not in "iu":
+            raise TypeError(f"{which} must be integers, not {row.dtype}")
+        for token in (row.min(), row.max()):
+            if not 0 <= token < vocab_size:
+                raise ValueError(f"{which} has token {token}, which is outside the vocabulary of {vocab_size}")
+    return [row.astype(np.int64) for row in rows]
+
+
+def _check_options(
+    n_tokens: int, temperature: float, top_k: int | None, top_p: float, stop: int | None, vocab_size: int
+) -> None:
+    if n_tokens < 0:
+        raise ValueError(f"n_tokens must not be negative: {n_tokens}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature must be a finite number and not negative, not {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, not {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, not {top_p}")
+    if stop is not None and not 0 <= stop < vocab_size:
+        raise ValueError(f"stop is token {stop}, which is outside the vocabulary of {vocab_size}")
+
+
+def _through(stop: int | None, row: np.ndarray) -> int | None:
+    """The end of the row's part up to and including its first `stop`."""
+    return None if stop is None or stop not in row else int((row == stop).argmax()) + 1
+
+
+def _joined(prompt: Any, new: np.ndarray) -> Array:
+    """The prompt and what follows it, on the prompt's device."""
+    prompt = prompt if is_array(prompt) else np.asarray(prompt)
+    xp = array_module(prompt)
+    return xp.concatenate([prompt.astype(np.int64), xp.asarray(new)], axis=-1)
