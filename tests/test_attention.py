@@ -165,7 +165,7 @@ def test_dropout_drops_weights_and_keeps_the_expectation(device):
 
 
 def test_no_two_blocks_share_a_mask(device, monkeypatch):
-    """Whether query t keeps key 0 says nothing about query t + 1. With v = 1, y is P."""
+    """Whether query t keeps key 0 says nothing about query t + 1. With v the identity, y is P."""
     monkeypatch.setattr(attention, "BLOCK", 1)
     zeros = device.tensor(np.zeros((400, 1, 3, 2)), np.float32)
     v = device.tensor(np.tile(np.eye(3), (400, 1, 1, 1)), np.float32)
