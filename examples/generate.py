@@ -1,0 +1,90 @@
+"""Let a trained model write: it goes on from a prompt, character by character as they come.
+
+python examples/generate.py --run runs/char --prompt "The "
+python examples/generate.py --prompt "The " --temperature 0.7 --top-p 0.95 --stop "."
+"""
+
+import numpy as np
+
+from tinylm import cli
+from tinylm.array import to_device
+from tinylm.data import Vocabulary
+from tinylm.runs import load_model
+
+
+def main() -> None:
+    parser = options()
+    args = parser.parse_args()
+    text = "\n" if args.prompt is None else args.prompt
+
+    with parser.mistakes():
+        model, vocabulary = load_model(args.run, args.device)
+        prompt = encode(vocabulary, text, "--prompt")
+        if args.stop is not None:
+            encode(vocabulary, args.stop, "--stop")  # what the model cannot write would never stop it
+        tokens = model.stream(
+            to_device(prompt[None], args.device),
+            args.tokens,
+            args.temperature,
+            args.top_k,
+            args.seed,
+            top_p=args.top_p,
+        )
+
+    print(text, end="", flush=True)
+    written = ""
+    try:
+        for (token,) in tokens:
+            character = vocabulary.characters[token]
+            print(character, end="", flush=True)
+            written += character
+            if args.stop is not None and written.endswith(args.stop):
+                break
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"after {len(written)} characters") from None
+    finally:
+        print()  # whatever comes next on the terminal begins a line of its own
+
+
+def options() -> cli.Parser:
+    """The command line."""
+    parser = cli.Parser("Let a trained model go on from a prompt.")
+    parser.add_argument("--run", metavar="DIR", default="runs/char", help="folder of the run that trained the model")
+    parser.add_argument("--prompt", metavar="TEXT", help="what to go on from (default: a line break)")
+    parser.add_argument("--tokens", metavar="N", type=cli.at_least(0), default=500, help="characters to write at most")
+    parser.add_argument(
+        "--stop", metavar="TEXT", help="end as soon as this was written (default: nothing ends it early)"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
+
+    choice = parser.add_argument_group("choice of the next character")
+    choice.add_argument(
+        "--temperature",
+        metavar="X",
+        type=cli.at_least(0, float),
+        default=0.8,
+        help="above 1 bolder than the model, below 1 more careful",
+    )
+    choice.add_argument(
+        "--greedy", dest="temperature", action="store_const", const=0.0, help="always the likeliest: --temperature 0"
+    )
+    choice.add_argument("--top-k", metavar="N", type=cli.at_least(1), help="one of the N likeliest (default: all)")
+    choice.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="one of the fewest that have probability P together"
+    )
+    choice.add_argument("--seed", metavar="N", type=int, default=0, help="of the dice: another seed, another text")
+    return parser
+
+
+def encode(vocabulary: Vocabulary, text: str, flag: str) -> np.ndarray:
+    """Token ids of a flag's text. Raises ValueError that names the flag, and the characters the model never saw."""
+    if not text:
+        raise ValueError(f"{flag} is empty")
+    try:
+        return vocabulary.encode(text)
+    except ValueError as error:
+        raise ValueError(f"{flag} has {error}") from None
+
+
+if __name__ == "__main__":
+    cli.run(main)
