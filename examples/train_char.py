@@ -12,14 +12,18 @@ import json
 import math
 from argparse import Namespace
 from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
 
 from tinylm import GPT, GPTConfig, cli, random
 from tinylm.array import keep_freed_memory, to_device
+from tinylm.corpus import open_tokens
 from tinylm.data import Vocabulary, fingerprint, language_reference, read_text, split
 from tinylm.files import writable_folder, write_whole
 from tinylm.plots import loss_curve
 from tinylm.runs import Run, read_metrics
-from tinylm.training import TrainConfig, TrainState, train
+from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 
 def main() -> None:
@@ -34,13 +38,11 @@ def main() -> None:
         args = parser.parse_args()
 
         config = cli.from_options(TrainConfig, args)
-        text = language_reference() if args.data is None else read_text(args.data)
-        vocabulary = Vocabulary.of(text)
-        tokens = vocabulary.encode(text)
+        tokens, vocabulary, data = read_data(args.data)
         train_tokens, val_tokens = split(tokens, block_size=args.block_size)
         random.seed(config.seed)
         model = GPT(cli.from_options(GPTConfig, args, vocab_size=len(vocabulary))).to(args.device)
-        state, data = TrainState(model, config), fingerprint(tokens)
+        state = TrainState(model, config)
         now = {"data": args.data, "device": args.device, **asdict(model.config), **asdict(config)}
 
         if run.exists() and not (args.resume or args.overwrite):
@@ -57,11 +59,11 @@ def main() -> None:
                 print(f"there is no run in {args.out} yet: beginning one")
             run.start(now)
 
-    print(f"text        {len(text):,} characters, {len(vocabulary)} different; the last tenth is for validation")
+    print(f"text        {len(tokens):,} characters, {len(vocabulary)} different; the last tenth is for validation")
     print(f"model       {model.num_parameters():,} parameters", flush=True)
     keep_freed_memory()
     saved = state.step
-    with cli.Progress(config.steps, state.step) as progress, cli.Stop() as stop:
+    with cli.Progress(config.steps, state.step) as progress, cli.Stop() as stop, run.telling_last_good():
         for step in train(state, train_tokens, val_tokens):
             progress.show(step)
             with progress.disk_trouble("the metrics"):
@@ -70,29 +72,41 @@ def main() -> None:
                     run.record_sample(step.step, sample(model, vocabulary, args, 200))
             due = args.save_every and step.step % args.save_every == 0
             best = step.val_loss is not None and step.val_loss == state.best_val_loss
-            if due or best or stop.signal or step.step == config.steps:
+            asked = stop.signal
+            if due or best or asked or state.finished:
                 with progress.disk_trouble(f"step {step.step}"):
                     run.save(state, vocabulary, data, args.keep_last)
                     saved = step.step
-            if stop.signal:
-                raise cli.Stopped(
-                    stop.signal, f"{progress.stands}; saved is step {saved}, and --resume goes on from it"
-                )
+            if asked:
+                raise cli.Stopped(asked, f"{progress.stands}; saved is step {saved}, and --resume goes on from it")
 
     if state.step < config.steps:
         print(f"stopped     after step {state.step}: no better validation loss in {config.early_stop} evaluations")
-    history = read_metrics(args.out)
-    summary = summarise(history, run, model, now)
+    if state.val_loss is None:  # resumed with fewer steps than it has had
+        state.val_loss = evaluate(model, val_tokens, config.batch_size)
+    summary = summarise(state, run, now)
     print(f"validation  loss {summary['val_loss']:.4f}, perplexity {summary['perplexity']:.3f}, ", end="")
     print(f"{summary['bits_per_character']:.3f} bits a character")
     print(f"time        {cli.clock(summary['seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s", flush=True)
 
     picture = io.BytesIO()
-    loss_curve(history, title=f"A GPT of {model.num_parameters():,} parameters").savefig(picture, dpi=150)
+    loss_curve(read_metrics(args.out), title=f"A GPT of {model.num_parameters():,} parameters").savefig(
+        picture, dpi=150
+    )
     write_whole(run.folder / "loss.png", picture.getvalue())
     write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
     print(f"written     {run.folder / 'loss.png'}, {run.folder / 'summary.json'}\n")
     print(sample(model, vocabulary, args, args.sample_tokens))
+
+
+def read_data(path: str | None) -> tuple[np.ndarray, Vocabulary, str]:
+    """(tokens, vocabulary, fingerprint) of a text file, of a folder of prepared tokens, or without either."""
+    if path is not None and Path(path).is_dir():
+        return open_tokens(path)
+    text = language_reference() if path is None else read_text(path)
+    vocabulary = Vocabulary.of(text)
+    tokens = vocabulary.encode(text)
+    return tokens, vocabulary, fingerprint(tokens)
 
 
 def options() -> cli.Parser:
@@ -100,7 +114,12 @@ def options() -> cli.Parser:
     parser = cli.Parser("Train a character-level GPT from scratch on a text, and let it write.")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--data", metavar="FILE", help="a text in UTF-8 (default: Python's own language reference)")
+    data.add_argument(
+        "--data",
+        metavar="PATH",
+        help="a text in UTF-8, or a folder that `python -m tinylm.data prepare` made of texts larger than memory "
+        "(default: Python's own language reference)",
+    )
 
     cli.add_options(
         parser.add_argument_group("model"),
@@ -111,6 +130,7 @@ def options() -> cli.Parser:
         n_embd="channels: the width of the model",
         dropout="share of the activations dropped in training; helps where a large model meets a short text",
         bias="biases in the linear layers and the layer norms",
+        recompute="recompute the activations of every N blocks in backward: less memory, more time; 0: keep them all",
     )
     training = parser.add_argument_group("training")
     cli.add_options(
@@ -126,16 +146,19 @@ def options() -> cli.Parser:
         beta2="AdamW's decay of the mean squared gradient",
         weight_decay="AdamW's pull of the matrices towards zero",
         clip="largest norm of the gradient, longer ones are shortened to it; 0: no limit",
+        eval_tokens="validate on so many characters, from the start of the last tenth; 0: on all of it",
         eval_every="steps between two validations; 0: only at the end",
         early_stop="stop after so many validations without a better one; 0: never",
+        dtype="of the activations: float32, or float16 with loss scaling (on a CPU: half the memory, but slower)",
         seed="of the initial weights, the batches, the dropout and the sample",
     )
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
 
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", default="runs/char", help="the run's folder")
-    output.add_argument("--resume", action="store_true", default=None, help="go on with the run in --out")
-    output.add_argument("--overwrite", action="store_true", default=None, help="replace the run in --out")
+    again = output.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", default=None, help="go on with the run in --out")
+    again.add_argument("--overwrite", action="store_true", default=None, help="replace the run in --out")
     output.add_argument(
         "--save-every",
         metavar="N",
@@ -158,18 +181,17 @@ def options() -> cli.Parser:
     return parser
 
 
-def summarise(history: list[dict], run: Run, model: GPT, config: dict) -> dict:
+def summarise(state: TrainState, run: Run, config: dict) -> dict:
     """What summary.json holds."""
-    val_losses = [line["val_loss"] for line in history if "val_loss" in line]
     return {
-        "val_loss": val_losses[-1],
-        "best_val_loss": min(val_losses),
-        "perplexity": math.exp(min(val_losses[-1], 700)),
-        "bits_per_character": val_losses[-1] / math.log(2),
-        "steps": history[-1]["step"],
+        "val_loss": state.val_loss,
+        "best_val_loss": state.best_val_loss,
+        "perplexity": math.exp(min(state.val_loss, 700)),
+        "bits_per_character": state.val_loss / math.log(2),
+        "steps": state.step,
         "seconds": run.seconds,  # of training, over all its resumptions; evaluation is not counted
         "tokens_per_second": run.tokens / run.seconds,
-        "parameters": model.num_parameters(),
+        "parameters": state.model.num_parameters(),
         "config": config,
     }
 

@@ -365,7 +365,7 @@ def test_greedy_generation_takes_the_likeliest_also_beyond_the_block_size():
     assert got.shape == (3, 34)
     np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(got[:, :4], ids)
-    assert min(len(np.unique(row[14:])) for row in got) > 4
+    assert min(len(np.unique(row[14:])) for row in got) > 3
     np.testing.assert_array_equal(model.generate(ids, 30, top_k=1, seed=5), expected)
     np.testing.assert_array_equal(model.generate(ids, 30, temperature=1e-8), expected)
 

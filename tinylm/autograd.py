@@ -7,14 +7,14 @@ output's gradient. That is all there is to it; the mathematics is in `tinylm/ops
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import _GeneratorContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import numpy as np
 
 from . import registry
-from .array import Array, array_module, device_of, is_array
+from .array import Array, array_module, device_of, is_array, wide
 
 if TYPE_CHECKING:
     from .tensor import Tensor
@@ -25,6 +25,8 @@ class _ThreadState(threading.local):
 
     recording = True
     anomaly = False  # look for values that are not finite
+    autocast: Callable[[Any], Any] | None = None  # casts an input of the ops that multiply; see precision.py
+    tracker: Any = None  # counts what the tape holds; see memory.py
 
 
 _state = _ThreadState()
@@ -32,10 +34,10 @@ _creation = itertools.count()  # a node is always newer than its parents: creati
 
 
 @contextmanager
-def _switch(name: str, on: bool) -> Iterator[None]:
+def switch(name: str, value: Any) -> Iterator[None]:
     """Set one of this thread's switches; as a decorator, anew for each call, in whichever thread it runs."""
     before = getattr(_state, name)
-    setattr(_state, name, on)
+    setattr(_state, name, value)
     try:
         yield
     finally:
@@ -44,17 +46,22 @@ def _switch(name: str, on: bool) -> Iterator[None]:
 
 def no_grad() -> _GeneratorContextManager[None]:
     """Record nothing inside the `with` block (or the decorated function): nothing is saved for a backward."""
-    return _switch("recording", False)
+    return switch("recording", False)
 
 
 def enable_grad() -> _GeneratorContextManager[None]:
     """Record inside the `with` block even if the surroundings do not."""
-    return _switch("recording", True)
+    return switch("recording", True)
 
 
 def detect_anomaly() -> _GeneratorContextManager[None]:
     """Raise FloatingPointError at the first op whose output or gradient is not finite; it names the op. Slow."""
-    return _switch("anomaly", True)
+    return switch("anomaly", True)
+
+
+def current(name: str) -> Any:
+    """This thread's setting of a switch."""
+    return getattr(_state, name)
 
 
 def is_grad_enabled() -> bool:
@@ -73,6 +80,7 @@ class Op:
     An op may change in place only arrays that it allocated: never `dy`, never an input.
     """
 
+    autocasts: ClassVar[bool] = False  # its floating inputs are cast under autocast
     broadcasts: ClassVar[bool] = False  # operands broadcast and promote; the engine sums and casts gradients back
 
     parents: tuple[Union["Op", "Tensor", None], ...] | None = ()
@@ -109,6 +117,8 @@ class Op:
         Returns a Tensor, or a tuple of them where forward returns a tuple. Raises ValueError, TypeError or
         IndexError with the op, the shapes, dtypes and devices it was given.
         """
+        if _state.autocast is not None and cls.autocasts:
+            inputs = tuple(map(_state.autocast, inputs))
         arrays = []
         needs = []
         recording = _state.recording
@@ -158,6 +168,8 @@ class Op:
             op.grads = [None] * len(outputs)
             op.owned = [False] * len(outputs)
             tensors = tuple(Tensor._of(a, op, slot) for slot, a in enumerate(outputs))
+            if _state.tracker is not None:
+                _state.tracker.recorded(op, outputs)
         else:
             tensors = tuple(Tensor._of(a, None, 0) for a in outputs)
         return tensors if isinstance(y, tuple) else tensors[0]
@@ -212,6 +224,8 @@ def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) ->
             owned = dx.base is None and held == 1 and not any(dx is dy for dy in dys)
             _accumulate(parent, op.slots[i], dx, owned)
         op.parents, op.saved = None, ()
+        if _state.tracker is not None:
+            _state.tracker.look()
         del dxs, dys, dx  # otherwise one more node's gradients would stay alive while the next one runs
 
 
@@ -273,7 +287,7 @@ def unbroadcast(dy: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     if dy.shape != shape:
         extra = dy.ndim - len(shape)
         stretched = [extra + i for i, n in enumerate(shape) if n == 1 and dy.shape[extra + i] != 1]
-        dy = dy.sum(axis=(*range(extra), *stretched)).reshape(shape)
+        dy = dy.sum(axis=(*range(extra), *stretched), dtype=wide(dy.dtype)).reshape(shape)
     return dy if dy.dtype == dtype else dy.astype(dtype)
 
 

@@ -110,7 +110,7 @@ def split(
 
 def fingerprint(tokens: np.ndarray) -> str:
     """Identifies tokens by their values: the SHA-256 of their bytes, in hexadecimal."""
-    return hashlib.sha256(memoryview(np.ascontiguousarray(tokens)).cast("B")).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
 
 
 def get_batch(

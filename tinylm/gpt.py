@@ -4,12 +4,14 @@ Shapes: B sequences, T tokens, C = n_embd channels, H heads of D = C / H, vocabu
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import generate as generation
 from . import ops, random
 from .array import Array, array_module
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module
+from .recompute import checkpoint
 from .tensor import Tensor
 
 
@@ -24,11 +26,14 @@ class GPTConfig:
     n_embd: int = 128
     dropout: float = 0.0
     bias: bool = True  # in Linear and LayerNorm
+    recompute: int = 0  # blocks whose activations are recomputed together in backward; 0 keeps all activations
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.recompute < 0:
+            raise ValueError(f"recompute must not be negative: {self.recompute}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -112,15 +117,30 @@ class Transformer(Module):
         self.wte = Embedding(config.vocab_size, config.n_embd)
         self.wpe = Embedding(config.block_size, config.n_embd)
         self.drop = Dropout(config.dropout)
+        self.recompute = config.recompute
         self.h = [Block(config) for _ in range(config.n_layer)]
         self.ln_f = LayerNorm(config.n_embd, config.bias)
 
     def forward(self, ids: Array, cache: list[KeyValues] | None = None) -> Tensor:
         seen = cache[0].length if cache else 0
-        x = self.drop(self.wte(ids) + self.wpe.weight[seen : seen + ids.shape[1]])
-        for i, block in enumerate(self.h):
-            x = block(x, cache[i] if cache else None)
+        positions = array_module(ids).arange(seen, seen + ids.shape[1])
+        x = self.drop(self.wte(ids) + self.wpe(positions))
+        together = self.recompute or 1
+        for first in range(0, len(self.h), together):
+            blocks = self.h[first : first + together]
+            caches = cache[first : first + together] if cache else [None] * len(blocks)
+            # The last ones' activations are needed at once, when those of the others are already forgotten.
+            if self.recompute and x.requires_grad and blocks[-1] is not self.h[-1]:
+                x = checkpoint(_run, x, blocks=blocks, caches=caches)
+            else:
+                x = _run(x, blocks, caches)
         return self.ln_f(x)
+
+
+def _run(x: Tensor, blocks: list[Block], caches: Sequence[KeyValues | None]) -> Tensor:
+    for block, cache in zip(blocks, caches, strict=True):
+        x = block(x, cache)
+    return x
 
 
 class GPT(Module):
@@ -164,7 +184,7 @@ class GPT(Module):
 
     def loss(self, ids: Tensor | Array, targets: Tensor | Array) -> Tensor:
         """Mean cross-entropy, in nats a token, of targets (B, T) given ids (B, T)."""
-        return ops.cross_entropy(self(ids), targets)
+        return ops.linear_cross_entropy(self.hidden(ids), self.transformer.wte.weight, targets)
 
     generate = generation.generate
     stream = generation.stream

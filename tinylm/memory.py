@@ -1,7 +1,168 @@
-"""Counting memory."""
+"""Counting memory: how many bytes the tape holds, by op, and how many the process has.
+
+    with track_memory(model, optimizer) as m:
+        model.loss(x, y).backward()
+        optimizer.step()
+    print(m)                      # parameters, gradients, optimizer state, activations by op at the peak
+    m.plot().savefig("memory.png")
+
+The tape's count is exact and the same on every machine: the bytes of every buffer that some node holds, each once,
+however many views of it are saved; parameters are counted as such. What an op needs while it runs and forgets is
+not in it; for that, look at the process's peak beside it.
+"""
 
 import resource
 import sys
+import weakref
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from . import autograd
+from .array import Array, cupy, is_array
+from .nn import Module
+from .optim import AdamW
+from .tensor import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass
+class Snapshot:
+    """What was held at one moment, in bytes."""
+
+    saved: Counter[str] = field(default_factory=Counter)  # activations that wait for backward, by op
+    copies: int = 0  # parameters in another dtype, made by autocast
+    flowing: int = 0  # gradients of activations, on their way down
+    gradients: int = 0  # of parameters
+
+    @property
+    def activations(self) -> int:
+        return sum(self.saved.values())
+
+    @property
+    def total(self) -> int:
+        return self.activations + self.copies + self.flowing + self.gradients
+
+
+class track_memory:
+    """Context manager that counts what this thread's tape holds, after every op forward and every op backward.
+
+    `model` and `optimizer` are optional; with them, gradients, parameters and optimizer state are in the table too.
+    `now` and `peak` are Snapshots; `timeline` has one for every moment. Slow: meant for a step, not for a run.
+    """
+
+    def __init__(self, model: Module | None = None, optimizer: AdamW | None = None):
+        self.parameters = list(model.parameters()) if model is not None else []
+        self.optimizer = optimizer
+        self.timeline: list[Snapshot] = []
+        self._nodes: weakref.WeakSet[autograd.Op] = weakref.WeakSet()
+        self._copies: dict[int, Any] = {}  # id -> weak reference of autocast's copies of parameters
+
+    def __enter__(self) -> "track_memory":
+        self._switch = autograd.switch("tracker", self)
+        self._switch.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._switch.__exit__(*error)
+
+    def recorded(self, op: autograd.Op, outputs: tuple[Array, ...]) -> None:
+        """Called by the engine for a new node."""
+        self._nodes.add(op)
+        if op.name() == "Cast" and isinstance((op.parents or (None,))[0], Tensor):
+            self._copies[id(outputs[0])] = weakref.ref(outputs[0])
+        self.look()
+
+    def look(self) -> None:
+        """Count what is held now; the engine calls it when a node was recorded or released."""
+        snapshot = Snapshot(gradients=sum(p.grad.nbytes for p in self.parameters if p.grad is not None))
+        nodes = sorted(self._nodes, key=lambda op: op.order)
+        leaves = {id(_buffer(leaf.data)) for op in nodes for leaf in op.parents or () if isinstance(leaf, Tensor)}
+        seen = leaves | {id(_buffer(p.data)) for p in self.parameters}
+        for op in nodes:
+            for array in _arrays(op.saved):
+                buffer = _buffer(array)
+                if id(buffer) in seen:
+                    continue
+                seen.add(id(buffer))
+                copy = self._copies.get(id(buffer))
+                if copy is not None and copy() is buffer:
+                    snapshot.copies += buffer.nbytes
+                else:
+                    snapshot.saved[op.name()] += buffer.nbytes
+            for gradient in op.grads:
+                if gradient is not None and id(_buffer(gradient)) not in seen:
+                    seen.add(id(_buffer(gradient)))
+                    snapshot.flowing += _buffer(gradient).nbytes
+        self.timeline.append(snapshot)
+
+    @property
+    def now(self) -> Snapshot:
+        return self.timeline[-1] if self.timeline else Snapshot()
+
+    @property
+    def peak(self) -> Snapshot:
+        """The moment at which most was held."""
+        return max(self.timeline, key=lambda s: s.total, default=Snapshot())
+
+    @property
+    def peak_activations(self) -> int:
+        """The most bytes of activations that were saved at one moment."""
+        return max((s.activations for s in self.timeline), default=0)
+
+    def __str__(self) -> str:
+        peak = self.peak
+        rows = [("parameters", sum(p.data.nbytes for p in self.parameters)), ("gradients", peak.gradients)]
+        if self.optimizer is not None:
+            rows.append(("optimizer state", sum(a.nbytes for a in self.optimizer.arrays().values())))
+        if peak.copies:
+            rows.append(("parameters, cast", peak.copies))
+        rows.append(("activations", peak.activations))
+        rows += [(f"  {name}", size) for name, size in peak.saved.most_common()]
+        rows.append(("their gradients", peak.flowing))
+        rows.append(("the process's peak", peak_rss()))
+        pool = cupy().get_default_memory_pool().total_bytes() if "cupy" in sys.modules else 0
+        if pool:
+            rows.append(("CuPy's pool", pool))
+        return "\n".join(
+            [f"{'held at the peak':24}{'MB':>10}"] + [f"{name:24}{size / 1e6:10.2f}" for name, size in rows]
+        )
+
+    def plot(self) -> "Figure":
+        """A picture of the tape's memory over the step: rising in forward, falling in backward."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        layers = {
+            "activations saved for backward": [s.activations for s in self.timeline],
+            "parameters, cast": [s.copies for s in self.timeline],
+            "gradients of activations": [s.flowing for s in self.timeline],
+            "gradients of parameters": [s.gradients for s in self.timeline],
+        }
+        in_mb = {name: [b / 1e6 for b in values] for name, values in layers.items() if any(values)}
+        colors = ["#4477aa", "#ccbb44", "#ee6677", "#228833"]
+        axes.stackplot(range(len(self.timeline)), *in_mb.values(), labels=in_mb.keys(), colors=colors, alpha=0.85)
+        axes.set(xlabel="ops, forward and then backward", ylabel="MB held", xlim=(0, max(1, len(self.timeline) - 1)))
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(frameon=False, loc="upper left")
+        return figure
+
+
+def _arrays(saved: Any) -> list[Array]:
+    """All arrays in a nest of tuples and lists."""
+    if is_array(saved):
+        return [saved]
+    return [a for x in saved for a in _arrays(x)] if isinstance(saved, tuple | list) else []
+
+
+def _buffer(array: Array) -> Array:
+    """The array that owns the memory of a view."""
+    while is_array(array.base):
+        array = array.base
+    return array
 
 
 def peak_rss() -> int:

@@ -70,15 +70,17 @@ def uniform(key: Key, shape: tuple[int, ...], like: Array) -> Array:
     philox_key = np.array([_word(key.seed), _word(key.counter)], np.uint64)
     counter = np.array([key.first_sample * blocks, 0, key.part, 0], np.uint64)
     words = np.random.Philox(key=philox_key, counter=counter).random_raw(samples * blocks * _WORDS_A_BLOCK // 2)
-    words = words.view(np.uint32).reshape(samples, blocks * _WORDS_A_BLOCK)[:, :a_sample].reshape(shape)
-    numbers = (words >> 8).astype(np.float32)  # 24 bits: every value is exact in float32, and below 1
+    ours = words.view(np.uint32).reshape(samples, blocks * _WORDS_A_BLOCK)[:, :a_sample].reshape(shape)
+    numbers = (ours >> 8).astype(np.float32)  # 24 bits: every value is exact in float32, and below 1
     numbers *= 2.0**-24
     return array_module(like).asarray(numbers)
 
 
 def generator(*key: int) -> np.random.Generator:
     """A NumPy generator that depends on these whole numbers alone, on all of them."""
-    return np.random.Generator(np.random.Philox(np.random.SeedSequence([_word(k) for k in key])))
+    # Each number fills two words of 32 bits: left to itself SeedSequence takes (1, 0) and (1,) for the same.
+    entropy = [len(key), *(half for k in key for half in divmod(_word(k), 2**32))]
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def _word(n: Any) -> int:

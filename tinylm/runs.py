@@ -12,8 +12,10 @@ checksums tell later damage. Nothing is pickled: weights are safetensors, the re
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,12 +25,13 @@ import numpy as np
 from . import random
 from .array import Array, to_device
 from .data import Vocabulary
-from .files import sync_folder, write_whole
+from .files import sync, write_whole
 from .gpt import GPT, GPTConfig
-from .training import Step, TrainState
+from .training import Step, TrainState, evaluate, first_not_finite
 
 FORMAT = 1  # of state.json; raised when an older reader would misread it
 TENSORS = ("model.safetensors", "optimizer.safetensors")
+LOGS = ("metrics.jsonl", "samples.txt")
 
 
 class DamagedError(ValueError):
@@ -64,7 +67,7 @@ class Checkpoint:
         try:
             state = json.loads(self._content("state.json"))
             expected = state["sha256"].pop("state.json")
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise DamagedError(f"{path} is damaged, or not of tinylm") from None
         if _checksum(state) != expected:
             raise DamagedError(f"{path} does not match its checksum")
@@ -87,20 +90,23 @@ class Run:
         self.checkpoint_folder = self.folder / "checkpoints"
         self.tokens = 0
         self.seconds = 0.0
+        self._unwritten = ""  # metrics that the disk had no room for
 
     # --- configuration ----------------------------------------------------------------------------------------
 
     def exists(self) -> bool:
         """Whether a run was started here."""
-        return (self.folder / "config.json").exists()
+        return os.path.exists(self.folder / "config.json") or bool(self.checkpoints())
 
     def config(self) -> dict[str, Any]:
         """What the run was started with. Raises ValueError where config.json is not to be read."""
         path = self.folder / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{path} cannot be read: {error}") from None
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
         if not isinstance(config, dict):
             raise ValueError(f"{path} is not a run's configuration")
         return config
@@ -109,7 +115,7 @@ class Run:
         """Begin a new run in the folder, over whatever run was there."""
         if self.checkpoint_folder.exists():
             shutil.rmtree(self.checkpoint_folder)
-        for name in ("metrics.jsonl", "samples.txt"):
+        for name in LOGS:
             (self.folder / name).unlink(missing_ok=True)
         self.checkpoint_folder.mkdir(parents=True)
         self.write_config(config)
@@ -137,25 +143,37 @@ class Run:
         lines: list[dict[str, Any]] = [line]
         if step.val_loss is not None:
             lines.append({"step": step.step, "val_loss": step.val_loss})
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+        self._unwritten += "".join(json.dumps(line) + "\n" for line in lines)
+        self._append("metrics.jsonl", self._unwritten)
+        self._unwritten = ""
         return lines
 
     def record_sample(self, step: int, text: str) -> None:
         """Append what the model writes after `step` steps to samples.txt."""
-        with open(self.folder / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"=== step {step}\n{text}\n")
+        self._append("samples.txt", f"=== step {step}\n{text}\n")
+
+    def _append(self, name: str, text: str) -> None:
+        """Add to the end of a file: all of it or, where the disk is full, nothing."""
+        path = self.folder / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(path, size)
+            raise
 
     def _forget_after(self, step: int) -> None:
         """Drop the metrics and samples of later steps, and a line that a killed process left unfinished."""
         metrics, samples = self.folder / "metrics.jsonl", self.folder / "samples.txt"
         if metrics.exists():
-            kept = [line for line in _records(metrics.read_text(encoding="utf-8")) if line["step"] <= step]
-            write_whole(metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            records = _records(metrics.read_text(encoding="utf-8", errors="replace"))
+            write_whole(metrics, "".join(json.dumps(line) + "\n" for line in records if line["step"] <= step))
         if samples.exists():
-            blocks = ("\n" + samples.read_text(encoding="utf-8", errors="replace")).split("\n=== step ")[1:]
-            early = [block for block in blocks if int(block.partition("\n")[0]) <= step]
-            write_whole(samples, "".join("=== step " + block.removesuffix("\n") + "\n" for block in early))
+            text = samples.read_text(encoding="utf-8", errors="replace")
+            later = (m.start() for m in re.finditer(r"^=== step (\d+)$", text, re.MULTILINE) if int(m[1]) > step)
+            write_whole(samples, text[: next(later, len(text))])
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
@@ -163,13 +181,14 @@ class Run:
         """All that are there, damaged or not, oldest first."""
         if not self.checkpoint_folder.exists():
             return []
-        return [Checkpoint(path) for path in sorted(self.checkpoint_folder.glob("step-[0-9]*")) if path.is_dir()]
+        named = [path for path in self.checkpoint_folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
+        return sorted((Checkpoint(path) for path in named if path.is_dir()), key=lambda checkpoint: checkpoint.step)
 
     def save(self, state: TrainState, vocabulary: Vocabulary, data: str, keep_last: int = 2) -> Path:
         """Save a checkpoint and drop those that are neither among the `keep_last` newest nor the best; returns its path.
 
-        `data` identifies the data (see `data.fingerprint`). Raises OSError where it cannot be written: the
-        checkpoints that were there are then as they were.
+        `data` identifies the data (see `data.fingerprint`). Raises OSError where it cannot be written, and
+        FloatingPointError for a state that has gone bad: the checkpoints that were there are then as they were.
         """
         from safetensors.numpy import save
 
@@ -177,6 +196,7 @@ class Run:
             "model.safetensors": _on_host(state.model.state_dict()),
             "optimizer.safetensors": _on_host(state.optimizer.arrays()),
         }
+        _check_finite(state, tensors)
         content = {name: save(arrays) for name, arrays in tensors.items()}
         described: dict[str, Any] = {
             "format": FORMAT,
@@ -185,10 +205,12 @@ class Run:
             "best_val_loss": state.best_val_loss,
             "evaluations_since_best": state.evaluations_since_best,
             "optimizer_steps": state.optimizer.steps(),
+            "scaler": state.scaler.state_dict(),
             "random": random.state(),
             "tokens": self.tokens,
             "seconds": self.seconds,
             "model": asdict(state.model.config),
+            "training": asdict(state.config),
             "vocabulary": vocabulary.characters,
             "data": data,
             "sha256": {name: hashlib.sha256(bytes_).hexdigest() for name, bytes_ in content.items()},
@@ -197,6 +219,9 @@ class Run:
         content["state.json"] = json.dumps(described, indent=1).encode()
 
         path = self.checkpoint_folder / f"step-{state.step:08}"
+        for name in LOGS:  # or a power cut might leave them behind the checkpoint
+            with suppress(FileNotFoundError):
+                sync(self.folder / name)
         self._write(path, content)
         self._drop_old(keep_last)
         return path
@@ -212,11 +237,11 @@ class Run:
                     file.write(bytes_)
                     file.flush()
                     os.fsync(file.fileno())
-            sync_folder(aside)
+            sync(aside)
             if path.exists():  # the same step saved again, after a resume from an older one
                 shutil.rmtree(path)
             aside.rename(path)
-            sync_folder(path.parent)
+            sync(path.parent)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -224,6 +249,9 @@ class Run:
         """Remove what a killed process was writing aside."""
         for path in self.checkpoint_folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
+        for name in ("config.json", *LOGS):
+            for path in self.folder.glob(f".{name}.*"):
+                path.unlink()
 
     def _drop_old(self, keep_last: int) -> None:
         saved = self.checkpoints()
@@ -249,6 +277,7 @@ class Run:
             _same(described, state, vocabulary, data)
             state.model.load_state_dict(weights)
             state.optimizer.load(moments, described["optimizer_steps"])
+            state.scaler.load_state_dict(described["scaler"])
             for name in ("step", "val_loss", "best_val_loss", "evaluations_since_best"):
                 setattr(state, name, described[name])
             random.seed(*described["random"])
@@ -263,6 +292,16 @@ class Run:
             tell(f"there is no checkpoint in {self.checkpoint_folder} yet: beginning at the first step")
             self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
         self._forget_after(state.step)
+
+    @contextmanager
+    def telling_last_good(self) -> Iterator[None]:
+        """Inside, the FloatingPointError of a run that went bad also says which checkpoint is good."""
+        try:
+            yield
+        except FloatingPointError as error:
+            saved = self.checkpoints()
+            good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
+            raise FloatingPointError(f"{error}; {good}") from None
 
 
 def load_model(folder: str | Path, device: str = "cpu") -> tuple[GPT, Vocabulary]:
@@ -299,10 +338,10 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 def _records(text: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # a process that was killed, or a disk that was full, in the middle of a line
-            continue
+        with suppress(ValueError):  # a process that was killed in the middle of a line
+            record = json.loads(line)
+            if isinstance(record, dict) and isinstance(record.get("step"), int):
+                yield record
 
 
 def _best(saved: list[Checkpoint]) -> Checkpoint | None:
@@ -321,15 +360,29 @@ def _best(saved: list[Checkpoint]) -> Checkpoint | None:
 def _same(described: dict[str, Any], state: TrainState, vocabulary: Vocabulary, data: str) -> None:
     """Raise ValueError that names what the run was begun with and is another now."""
     now = asdict(state.model.config)
-    changed = [f"{k} was {v} and is {now.get(k)}" for k, v in described["model"].items() if v != now.get(k)]
+    free = ("recompute", "dropout")  # these are not the model's shape
+    before = {name: value for name, value in described["model"].items() if name not in free}
+    changed = [f"{name} was {value} and is {now.get(name)}" for name, value in before.items() if value != now.get(name)]
     if described["vocabulary"] != vocabulary.characters:
-        changed.insert(
-            0, f"the vocabulary had {len(described['vocabulary'])} characters and has {len(vocabulary)}, or others"
-        )
+        old, new = set(described["vocabulary"]), set(vocabulary.characters)
+        lost, found = "".join(sorted(old - new))[:20], "".join(sorted(new - old))[:20]
+        changed.insert(0, "the vocabulary has changed" + f" (lost {lost!r}, found {found!r})" * (old != new))
     elif described["data"] != data:
         changed.insert(0, "the data have changed")
     if changed:
         raise ValueError("cannot resume: " + "; ".join(changed))
+
+
+def _check_finite(state: TrainState, tensors: dict[str, dict[str, np.ndarray]]) -> None:
+    """Raise FloatingPointError for a state gone bad. Huge weights are finite, what the model makes of them is not."""
+    bad = [name for arrays in tensors.values() for name, a in arrays.items() if not np.isfinite(a).all()]
+    culprit = f"{bad[0]} is not finite" if bad else ""
+    if not bad:
+        config = state.model.config
+        ids = np.arange(config.block_size + 1) % config.vocab_size
+        culprit = first_not_finite(state.model, lambda: evaluate(state.model, ids, 1))
+    if culprit:
+        raise FloatingPointError(f"step {state.step}: the model has gone bad and is not saved; {culprit}")
 
 
 def _on_host(arrays: dict[str, Array]) -> dict[str, np.ndarray]:

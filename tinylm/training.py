@@ -13,6 +13,7 @@ from .autograd import detect_anomaly, no_grad
 from .data import get_batch
 from .gpt import GPT
 from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
+from .precision import GradScaler, autocast
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class TrainConfig:
     weight_decay: float = 0.3
     clip: float = 1.0  # largest global gradient norm; 0 does not clip
     eval_every: int = 250  # steps; 0 evaluates at the end only
+    eval_tokens: int = 0  # evaluate on the first so many tokens for validation; 0 on all of them
     early_stop: int = 0  # stop after so many evaluations without a new best one; 0 never
+    dtype: str = "float32"  # of the activations; float16 scales the loss
     seed: int = 1337
 
     def __post_init__(self) -> None:
@@ -43,6 +46,10 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+        if self.dtype not in ("float32", "float16"):
+            raise ValueError(f"dtype must be float32 or float16, not {self.dtype!r}")
+        if self.eval_tokens == 1:
+            raise ValueError("eval_tokens must be 0 or at least 2, not 1: there is none to predict")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate ({self.accumulate}) cannot exceed batch_size ({self.batch_size})")
 
@@ -69,10 +76,16 @@ class TrainState:
         self.model = model
         self.config = config
         self.optimizer = AdamW(decay_groups(model, config.weight_decay), config.lr, (config.beta1, config.beta2))
+        self.scaler = GradScaler(enabled=config.dtype == "float16")
         self.step = 0  # steps done
         self.val_loss: float | None = None  # where the last step ended with an evaluation
         self.best_val_loss: float | None = None
         self.evaluations_since_best = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done, or so many evaluations brought nothing that training stops early."""
+        return self.step >= self.config.steps or 0 < self.config.early_stop <= self.evaluations_since_best
 
 
 def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -> Iterator[Step]:
@@ -82,34 +95,42 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
     a copy of `state` does exactly what it would have done. Raises FloatingPointError at a loss or gradient that is not
     finite, before it reaches the parameters; it names the first tensor that went bad.
     """
-    model, optimizer, config = state.model, state.optimizer, state.config
+    model, optimizer, scaler, config = state.model, state.optimizer, state.scaler, state.config
     model.train()
 
-    while state.step < config.steps:
+    while not state.finished:
         started = perf_counter()
 
         # The gradient of the mean loss over the batch.
         optimizer.zero_grad()
-        loss = batch_gradient(model, train_tokens, config, state.step)
+        loss = batch_gradient(state, train_tokens)
+        loss_scale = scaler.get_scale()
+        scaler.unscale_(optimizer)
         grad_norm = clip_grad_norm_(optimizer.parameters(), config.clip or math.inf)
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            culprit = first_not_finite(model, lambda: batch_gradient(model, train_tokens, config, state.step))
+        # With loss scaling a gradient may overflow: the scaler skips the step and halves the scale, while it can.
+        overflow_is_normal = scaler.enabled and loss_scale > 1
+        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflow_is_normal)):
+            culprit = first_not_finite(model, lambda: batch_gradient(state, train_tokens))
+            culprit = culprit or "a second look found nothing: the norm of the gradient itself is beyond its dtype"
+            norm = f"{grad_norm:.4g}" + (f" at a loss scale of {loss_scale:g}" if scaler.enabled else "")
             raise FloatingPointError(
-                f"step {state.step + 1}: the loss is {loss:.4g} and the gradient norm {grad_norm:.4g}; {culprit}"
+                f"step {state.step + 1}: the loss is {loss:.4g} and the gradient norm {norm}; {culprit}"
             )
 
         # The update.
         lr = warmup_cosine(state.step, config.steps, config.lr, config.warmup, config.min_lr)
         optimizer.set_lr(lr)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         state.step += 1
 
-        clipped = 0 < config.clip < grad_norm
+        clipped = 0 < config.clip < grad_norm < math.inf
         tokens = config.batch_size * model.config.block_size
         done = Step(state.step, loss, lr, grad_norm, clipped, tokens, perf_counter() - started)
+        done.loss_scale = loss_scale if scaler.enabled else None
         state.val_loss = None
         if state.step == config.steps or (config.eval_every and state.step % config.eval_every == 0):
-            done.val_loss = state.val_loss = evaluate(model, val_tokens, config.batch_size)
+            done.val_loss = state.val_loss = evaluate(model, val_tokens[: config.eval_tokens or None], config.batch_size)
             if not math.isfinite(done.val_loss):
                 raise FloatingPointError(f"step {state.step}: the validation loss is {done.val_loss:.4g}")
             if state.best_val_loss is None or done.val_loss < state.best_val_loss:
@@ -117,16 +138,15 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
             else:
                 state.evaluations_since_best += 1
         yield done
-        if config.early_stop and state.evaluations_since_best >= config.early_stop:
-            return
 
 
-def batch_gradient(model: GPT, tokens: np.ndarray, config: TrainConfig, step: int) -> float:
-    """Add the gradient of the mean loss over one step's batch to the parameters, and return that loss.
+def batch_gradient(state: TrainState, tokens: np.ndarray) -> float:
+    """Add the gradient of the mean loss over this step's batch, times the loss scale, to the parameters; return the loss.
 
     One micro-batch after another: each loss is weighted by its share of the batch's sequences, and the gradients sum up
     to those of the whole batch, in the memory of one micro-batch.
     """
+    model, config, step = state.model, state.config, state.step
     device = next(model.parameters()).device
     loss = 0.0
     first = 0
@@ -137,15 +157,16 @@ def batch_gradient(model: GPT, tokens: np.ndarray, config: TrainConfig, step: in
         x, y = (to_device(a, device) for a in batch)
         # Dropout's masks depend on the step and on the sequence's place in the whole batch, however it is divided.
         random.seed(config.seed, (step + 1) << 32, first_sample=first)
-        part = model.loss(x, y) * (len(x) / config.batch_size)
-        part.backward()
+        with autocast(config.dtype):
+            part = model.loss(x, y) * (len(x) / config.batch_size)
+        state.scaler.scale(part).backward()
         loss += part.item()
         first += len(x)
     return loss
 
 
 def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
-    """Run `compute` again, and say where the first value that is not finite arises."""
+    """Where the first value that is not finite is: a parameter, or an op while `compute` runs. Empty if nowhere."""
     for name, p in model.named_parameters():
         if not bool(array_module(p.data).isfinite(p.data).all()):
             return f"parameter {name} is not finite before the step"
@@ -154,7 +175,7 @@ def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
             compute()
     except FloatingPointError as error:
         return f"it began in {error}"
-    return "a second look found nothing: the norm of the gradient itself is beyond its dtype"
+    return ""
 
 
 @no_grad()

@@ -7,6 +7,7 @@ from .dropout import dropout
 from .embedding import embedding
 from .gelu import gelu
 from .layer_norm import layer_norm
+from .linear_cross_entropy import linear_cross_entropy
 from .matmul import linear, matmul
 from .reduce import logsumexp, max, mean, sum, var
 from .shape import broadcast_to, concatenate, expand_dims, index, reshape, split, squeeze, stack, swapaxes, transpose

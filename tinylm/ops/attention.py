@@ -24,6 +24,8 @@ class CausalAttention(Op):
     dropout: float
     key: random.Key
 
+    autocasts = True
+
     def forward(self, q, k, v):
         xp = array_module(q)
         if not (q.ndim == k.ndim == v.ndim == 4):

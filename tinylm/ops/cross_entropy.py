@@ -19,17 +19,8 @@ class CrossEntropy(Op):
     def forward(self, logits, targets):
         xp = array_module(logits)
         self.was, self.dtype = logits.shape, logits.dtype
-        if targets.shape != logits.shape[:-1] or targets.dtype.kind not in "iu":
-            raise ValueError(f"targets must be integers of shape {logits.shape[:-1]}")
-        V = logits.shape[-1]
-        x = logits.reshape(-1, V).astype(wide(logits.dtype), copy=False)  # (N, V)
-        t = targets.reshape(-1)  # (N,)
-        counted = t != self.ignore_index
-        t = xp.where(counted, t, 0)
-        if bool(((t < 0) | (t >= V)).any()):
-            wrong = t[(t < 0) | (t >= V)][0]
-            raise ValueError(f"target {int(wrong)} is outside the vocabulary of {V}")
-
+        t, counted = check_targets(targets, logits.shape, self.ignore_index)
+        x = logits.reshape(-1, logits.shape[-1]).astype(wide(logits.dtype), copy=False)  # (N, V)
         each = xp.arange(len(t))
         e = x - x.max(axis=1, keepdims=True)  # x - max: exp cannot overflow, and one term is exp(0) = 1
         chosen = e[each, t]
@@ -50,6 +41,20 @@ class CrossEntropy(Op):
         e *= (weight / total)[:, None]  # softmax(x) * dloss, in place
         e[xp.arange(len(t)), t] -= weight
         return e.reshape(self.was).astype(self.dtype, copy=False), None
+
+
+def check_targets(targets, shape, ignore_index):
+    """Flat targets (N,), 0 where they are ignored, and which of them count (N,), for logits of `shape`."""
+    V = shape[-1]
+    if targets.shape != shape[:-1] or targets.dtype.kind not in "iu":
+        raise ValueError(f"targets must be integers of shape {shape[:-1]}")
+    t = targets.reshape(-1)
+    counted = t != ignore_index
+    t = array_module(t).where(counted, t, 0)
+    if bool(((t < 0) | (t >= V)).any()):
+        wrong = t[(t < 0) | (t >= V)][0]
+        raise ValueError(f"target {int(wrong)} is outside the vocabulary of {V}")
+    return t, counted
 
 
 def cross_entropy(logits, targets, ignore_index: int = -100, reduction: str = "mean"):

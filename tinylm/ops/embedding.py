@@ -7,6 +7,8 @@ from ..autograd import Op
 class Embedding(Op):
     """y_n = W[i_n]; backward *adds* into dW, because a token that stands twice has moved the loss twice."""
 
+    autocasts = True
+
     def forward(self, weight, ids):
         if ids.dtype.kind not in "iu":
             raise TypeError("ids must be integers")

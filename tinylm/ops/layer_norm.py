@@ -23,34 +23,34 @@ class LayerNorm(Op):
         var = row_dot(xhat, xhat) / C
         rstd = 1 / xp.sqrt(var + self.eps)  # (N, 1)
         xhat *= rstd
-        xhat = xhat.astype(x.dtype, copy=False)
-        self.save(xhat, rstd, weight)
         y = xhat * weight
         if bias is not None:
             y += bias
-        return y.reshape(x.shape)
+        self.save(xhat.astype(x.dtype, copy=False), rstd, weight)
+        return y.reshape(x.shape).astype(x.dtype, copy=False)
 
     def backward(self, dy):
         xhat, rstd, weight = self.saved
-        xp = array_module(xhat)
         C = xhat.shape[1]
-        dy2 = dy.reshape(-1, C)
-        ones = xp.ones(len(dy2), dy.dtype)
+        xhat = xhat.astype(rstd.dtype, copy=False)
+        dy2 = dy.reshape(-1, C).astype(rstd.dtype, copy=False)
+        xp = array_module(dy)
+        ones = xp.ones(len(dy2), rstd.dtype)
         g = dy2 * xhat
-        dweight = ones @ g
-        dbias = ones @ dy2 if self.needs[2] else None
+        dweight = (ones @ g).astype(weight.dtype, copy=False)
+        dbias = (ones @ dy2).astype(weight.dtype, copy=False) if self.needs[2] else None
 
-        g = dy2 * weight
-        dx = xhat * (row_dot(g, xhat) / -C).astype(g.dtype, copy=False)
+        xp.multiply(dy2, weight, out=g)
+        dx = xhat * (row_dot(g, xhat) / -C)
         dx += g
         dx -= g.mean(axis=1, keepdims=True)
-        dx *= rstd.astype(g.dtype, copy=False)
-        return dx.reshape(dy.shape), dweight, dbias
+        dx *= rstd
+        return dx.reshape(dy.shape).astype(dy.dtype, copy=False), dweight, dbias
 
 
 def row_dot(a, b):
-    """sum_c a_nc b_nc: (N, C), (N, C) -> (N, 1) in at least float32, without a temporary of their size."""
-    return array_module(a).einsum("nc,nc->n", a, b, dtype=wide(a.dtype))[:, None]
+    """sum_c a_nc b_nc: (N, C), (N, C) -> (N, 1), without a temporary of their size."""
+    return array_module(a).einsum("nc,nc->n", a, b)[:, None]
 
 
 def layer_norm(x, weight, bias=None, eps: float = 1e-5):

@@ -1,0 +1,145 @@
+"""Half precision: autocast and the scaling of the loss (Micikevicius et al., 2018).
+
+float16 holds 11 bits between 6e-8 and 65504. Activations fit into that; gradients of a mean over thousands of tokens
+do not: the small ones underflow to zero. So the loss is multiplied by a large number before backward, every gradient
+comes out multiplied by it, and is divided again in float32 before the update. If the number was too large some
+gradient overflows: then this step is skipped and the number halved.
+
+    scaler = GradScaler()
+    with autocast("float16"):
+        loss = model.loss(x, y)
+    scaler.scale(loss).backward()          # k times, when accumulating
+    scaler.unscale_(optimizer)
+    clip_grad_norm_(parameters, 1.0)
+    scaler.step(optimizer)
+    scaler.update()
+
+On a CPU float16 is emulated: products are formed in float32 and rounded. That saves memory and teaches; it is not faster.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+
+from . import autograd, ops
+from .array import Array, array_module, is_array
+from .optim import AdamW
+from .tensor import Tensor
+
+
+def autocast(dtype: Any = "float16", enabled: bool = True) -> AbstractContextManager[None]:
+    """Inside, the ops that multiply matrices or look up embeddings cast their floating inputs to `dtype` (float16).
+
+    The cast is recorded, and its backward returns the dtype of what was cast: a float32 parameter keeps its
+    float32 gradient. All other ops go on in the dtype that they are given; losses are float32.
+    """
+    dtype = np.dtype(dtype)
+    if dtype not in (np.float16, np.float32):
+        raise ValueError(f"autocast: dtype must be float16 or float32, not {dtype}")
+
+    def cast(x: Any) -> Any:
+        data = x.data if isinstance(x, Tensor) else x
+        return ops.cast(x, dtype) if is_array(data) and data.dtype.kind == "f" else x
+
+    return autograd.switch("autocast", cast if enabled and dtype == np.float16 else None)
+
+
+class GradScaler:
+    """Dynamic loss scaling, with PyTorch's names, order of calls and decisions.
+
+    The scale starts at `init_scale`; a step with a gradient that is not finite is skipped and multiplies it by
+    `backoff_factor`; `growth_interval` good steps in a row multiply it by `growth_factor`. A scaler that is not
+    `enabled` passes everything through.
+    """
+
+    def __init__(
+        self,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+        enabled: bool = True,
+    ):
+        if not (init_scale > 0 and growth_factor > 1 and 0 < backoff_factor < 1 and growth_interval >= 1):
+            raise ValueError(
+                "GradScaler: init_scale > 0, growth_factor > 1, 0 < backoff_factor < 1, growth_interval >= 1"
+            )
+        self.growth_factor = growth_factor
+        self.backoff_factor = backoff_factor
+        self.growth_interval = growth_interval
+        self.enabled = enabled
+        self._scale = float(init_scale)
+        self._good_steps = 0  # in a row
+        self._found_inf: bool | None = None  # of this step; None before unscale_
+
+    def get_scale(self) -> float:
+        return self._scale if self.enabled else 1.0
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """The loss times the scale, in float32."""
+        return ops.cast(loss, np.float32) * self._scale if self.enabled else loss
+
+    def unscale_(self, optimizer: AdamW) -> None:
+        """Divide the gradients by the scale, and look once whether all are finite. Once a step, before clipping."""
+        if not self.enabled:
+            return
+        if self._found_inf is not None:
+            raise RuntimeError("GradScaler.unscale_ was already called in this step; call update() after step()")
+        grads = [p.grad for p in optimizer.parameters() if p.grad is not None]
+        for g in grads:
+            g *= 1 / self._scale
+        self._found_inf = not all_finite(grads)
+
+    def step(self, optimizer: AdamW) -> bool:
+        """optimizer.step(), unless a gradient is not finite; returns whether it took place."""
+        if self.enabled and self._found_inf is None:
+            self.unscale_(optimizer)
+        if self._found_inf:
+            return False
+        optimizer.step()
+        return True
+
+    def update(self) -> None:
+        """Choose the next step's scale."""
+        if not self.enabled:
+            return
+        if self._found_inf is None:
+            raise RuntimeError("GradScaler.update needs step() or unscale_() before it")
+        if self._found_inf:
+            self._scale *= self.backoff_factor
+            self._good_steps = 0
+        else:
+            self._good_steps += 1
+            if self._good_steps == self.growth_interval:
+                # Not into infinity, from which no halving leads back.
+                self._scale = min(self._scale * self.growth_factor, float(np.finfo(np.float32).max))
+                self._good_steps = 0
+        self._found_inf = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds: PyTorch's names."""
+        return {
+            "scale": self._scale,
+            "growth_factor": self.growth_factor,
+            "backoff_factor": self.backoff_factor,
+            "growth_interval": self.growth_interval,
+            "_growth_tracker": self._good_steps,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._scale = float(state["scale"])
+        self.growth_factor = state["growth_factor"]
+        self.backoff_factor = state["backoff_factor"]
+        self.growth_interval = state["growth_interval"]
+        self._good_steps = state["_growth_tracker"]
+
+
+def all_finite(arrays: list[Array]) -> bool:
+    """Whether no array holds a NaN or an infinity; asks the device for one answer."""
+    if not arrays:
+        return True
+    xp = array_module(arrays[0])
+    # A maximum hands NaN on, and finds an infinity; unlike a sum it cannot overflow.
+    extremes = [f(a) for a in arrays if a.size for f in (xp.max, xp.min)]
+    return bool(xp.isfinite(xp.stack(extremes)).all()) if extremes else True
