@@ -98,6 +98,12 @@ def test_the_offset_is_that_within_the_file(raw, message, size, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+def test_a_byte_order_mark_is_one_at_the_beginning_alone(tmp_path):
+    path = write(tmp_path / "text", "\ufeff\ufeffabc\ufeff")
+    for size in (3, 6, 100):
+        assert "".join(text for text, _ in read_chunks(path, size)) == "\ufeffabc\ufeff"
+
+
 # --- preparing ----------------------------------------------------------------------------------------------------
 
 
@@ -399,6 +405,38 @@ def test_two_gigabytes_are_trained_on_in_300_mb(tmp_path):
         assert last < first
     finally:
         shutil.rmtree(tmp_path)
+
+
+def test_the_example_trains_the_same_on_a_text_and_on_its_prepared_folder(tmp_path):
+    write(tmp_path / "text", TEXT)
+    prepare([tmp_path / "text"], tmp_path / "prepared")
+    program = Path(__file__).parents[1] / "examples" / "train_char.py"
+    small = [
+        "--n-layer=1",
+        "--n-head=1",
+        "--n-embd=8",
+        "--block-size=16",
+        "--batch-size=4",
+        "--steps=6",
+        "--dropout=0.1",
+    ]
+    runs = {"text": ("text",), "prepared": ("prepared",), "less": ("prepared", "--eval-tokens", "100")}
+    losses = {}
+    for name, arguments in runs.items():
+        done = subprocess.run(
+            [sys.executable, program, *small, "--out", tmp_path / f"run-{name}", "--data", *arguments],
+            cwd=tmp_path, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=60,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"text        {len(TEXT):,} characters, {len(set(TEXT))} different")
+        losses[name] = json.loads((tmp_path / f"run-{name}" / "summary.json").read_text())["val_loss"]
+    assert losses["text"] == losses["prepared"] != losses["less"]
+    # A run goes on with the same data in the other form.
+    done = subprocess.run(
+        [sys.executable, program, "--resume", "--steps=8", "--data=text", "--out", tmp_path / "run-prepared"],
+        cwd=tmp_path, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=60,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- the command --------------------------------------------------------------------------------------------------

@@ -142,7 +142,7 @@ def test_every_flag_reaches_the_run(text_file, tmp_path):
     given = {
         "block_size": 8, "n_layer": 2, "n_head": 1, "n_embd": 12, "dropout": 0.25, "bias": False, "steps": 3,
         "batch_size": 6, "accumulate": 2, "lr": 0.002, "min_lr": 0.001, "warmup": 1, "beta1": 0.8, "beta2": 0.9,
-        "weight_decay": 0.02, "clip": 0.5, "eval_every": 0, "early_stop": 5, "seed": 7,
+        "weight_decay": 0.02, "clip": 0.5, "eval_every": 0, "eval_tokens": 9, "early_stop": 5, "seed": 7,
     }  # fmt: skip
     assert set(given) == {f.name for c in (GPTConfig, TrainConfig) for f in fields(c)} - {"vocab_size"}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "bias"]
@@ -204,6 +204,7 @@ MISTAKES = {
     "lr negative": ("--lr -1", "lr must be a finite number and not negative, not -1.0"),
     "beta2 1": ("--beta2 1", "beta2 must be at least 0 and below 1"),
     "dropout 1": ("--dropout 1", "dropout must be at least 0 and below 1"),
+    "eval-tokens": ("--eval-tokens 1", "eval_tokens must be 0 or at least 2, not 1"),
     "accumulate": ("--accumulate 5", "accumulate (5) cannot exceed batch_size (4)"),
     "heads": ("--n-head 3", "n_embd (16) must be divisible by n_head (3)"),
     "no memory": ("--n-embd 10000000000000", "does not fit into memory"),
@@ -213,7 +214,7 @@ MISTAKES = {
     "device": ("--device tpu", "--device: invalid choice: 'tpu'"),
     "missing": ("--data BAD/none.txt", "cannot read BAD/none.txt: No such file or directory"),
     "line break": ("--data no\nfile", "cannot read no file: No such file or directory"),
-    "directory": ("--data BAD", "cannot read BAD: Is a directory"),
+    "directory": ("--data BAD", "cannot read BAD/header.json: No such file or directory"),
     "empty": ("--data BAD/empty.txt", "BAD/empty.txt is empty"),
     "not UTF-8": ("--data BAD/latin1.txt", "BAD/latin1.txt is not UTF-8 text: byte 0xe9 at offset 3"),
     "binary": ("--data BAD/zeros.bin", "BAD/zeros.bin is not text: byte 0x00 at offset 3"),

@@ -33,11 +33,12 @@ class TrainConfig:
     eval_every: int = 250  # steps; 0 evaluates at the end only
     eval_tokens: int = 0  # evaluate on the first so many tokens for validation; 0 on all of them
     early_stop: int = 0  # stop after so many evaluations without a new best one; 0 never
+    threads: int = 1  # workers that share a batch's sequences
     dtype: str = "float32"  # of the activations; float16 scales the loss
     seed: int = 1337
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
+        for name in ("steps", "batch_size", "accumulate", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         for name in ("lr", "min_lr", "warmup", "weight_decay", "clip", "eval_every", "early_stop", "seed"):
@@ -48,8 +49,8 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype must be float32 or float16, not {self.dtype!r}")
-        if self.eval_tokens == 1:
-            raise ValueError("eval_tokens must be 0 or at least 2, not 1: there is none to predict")
+        if self.eval_tokens < 0 or self.eval_tokens == 1:  # of one token there is none to predict
+            raise ValueError(f"eval_tokens must be 0 or at least 2, not {self.eval_tokens}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate ({self.accumulate}) cannot exceed batch_size ({self.batch_size})")
 
@@ -96,6 +97,7 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
     finite, before it reaches the parameters; it names the first tensor that went bad.
     """
     model, optimizer, scaler, config = state.model, state.optimizer, state.scaler, state.config
+    val_tokens = val_tokens[: config.eval_tokens or None]
     model.train()
 
     while not state.finished:
@@ -130,7 +132,7 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
         done.loss_scale = loss_scale if scaler.enabled else None
         state.val_loss = None
         if state.step == config.steps or (config.eval_every and state.step % config.eval_every == 0):
-            done.val_loss = state.val_loss = evaluate(model, val_tokens[: config.eval_tokens or None], config.batch_size)
+            done.val_loss = state.val_loss = evaluate(model, val_tokens, config.batch_size)
             if not math.isfinite(done.val_loss):
                 raise FloatingPointError(f"step {state.step}: the validation loss is {done.val_loss:.4g}")
             if state.best_val_loss is None or done.val_loss < state.best_val_loss:
@@ -141,7 +143,7 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
 
 
 def batch_gradient(state: TrainState, tokens: np.ndarray) -> float:
-    """Add the gradient of the mean loss over this step's batch, times the loss scale, to the parameters; return the loss.
+    """Add the gradient of this step's mean loss, times the loss scale, to the parameters; return the loss.
 
     One micro-batch after another: each loss is weighted by its share of the batch's sequences, and the gradients sum up
     to those of the whole batch, in the memory of one micro-batch.
