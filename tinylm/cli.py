@@ -144,17 +144,17 @@ def tell_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> None
     for name, value in now.items():
         if name in before and before[name] != value and name != "steps":
             print(f"note: {name} was {before[name]} and is {value} from here on")
-    if before.get("steps") not in (None, now["steps"]):
+    if step >= now["steps"]:
+        print(f"note: the run has had its {now['steps']} steps; give more --steps to go on")
+    elif before.get("steps") not in (None, now["steps"]):
         at = [
             warmup_cosine(step, config["steps"], config["lr"], config["warmup"], config["min_lr"])
-            for config in (before, now)
+            for config in ({**now, **before}, now)
         ]
         print(
             f"note: the run was to end after {before['steps']} steps and now ends after {now['steps']}; the cosine is "
             f"stretched to it, and the learning rate goes on at {at[1]:.2e} instead of {at[0]:.2e}"
         )
-    if step >= now["steps"]:
-        print(f"note: the run has had its {now['steps']} steps; give more --steps to go on")
 
 
 class Smooth:
@@ -194,6 +194,7 @@ class Progress:
         self.stands, self.validated = "before the first step", ""
         self.started = perf_counter()
         self.due = 0.0
+        self.troubles: set[str] = set()
 
     def __enter__(self) -> "Progress":
         if self.console.is_interactive:
@@ -234,11 +235,14 @@ class Progress:
 
     @contextmanager
     def disk_trouble(self, what: str) -> Iterator[None]:
-        """Inside, an OSError (a full disk) is told, and the run goes on: what was saved before is still there."""
+        """Inside, an OSError (a full disk) is told once, and the run goes on: what was saved before is still there."""
         try:
             yield
+            self.troubles.discard(what)
         except OSError as error:
-            self.say(f"warning: {what} could not be saved ({error.strerror}); the checkpoints before it are intact")
+            if what not in self.troubles:
+                self.say(f"warning: {what} could not be saved ({error.strerror}); the checkpoints before are intact")
+            self.troubles.add(what)
 
     def _with_bar(self, line: str, step: int) -> Any:
         """The line, and a bar where there is room for one beside it."""

@@ -37,7 +37,7 @@ def loss_curve(metrics: Sequence[dict[str, Any]], title: str = "") -> "Figure":
         axes.plot(*zip(*measured, strict=True), "o-", color="#ee6677", linewidth=2, markersize=5, label="validation")
         step, loss = measured[-1]
         axes.annotate(f"{loss:.3f}", (step, loss), (0, 9), textcoords="offset points", ha="right", color="#ee6677")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title, xlim=(0, at[-1] * 1.02))
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=title, xlim=(0, max(at, default=1) * 1.02))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)

@@ -126,7 +126,7 @@ class Run:
     # --- metrics and samples ----------------------------------------------------------------------------------
 
     def record(self, step: Step) -> list[dict[str, Any]]:
-        """Append what a step did to metrics.jsonl; returns the lines: the step's, and the evaluation's if there was one."""
+        """Append to metrics.jsonl what a step did; returns the lines, the step's and its evaluation's if it had one."""
         self.tokens += step.tokens
         self.seconds += step.seconds
         line = {
@@ -185,7 +185,7 @@ class Run:
         return sorted((Checkpoint(path) for path in named if path.is_dir()), key=lambda checkpoint: checkpoint.step)
 
     def save(self, state: TrainState, vocabulary: Vocabulary, data: str, keep_last: int = 2) -> Path:
-        """Save a checkpoint and drop those that are neither among the `keep_last` newest nor the best; returns its path.
+        """Save a checkpoint; drop those that are neither among the `keep_last` newest nor the best. Returns its path.
 
         `data` identifies the data (see `data.fingerprint`). Raises OSError where it cannot be written, and
         FloatingPointError for a state that has gone bad: the checkpoints that were there are then as they were.
@@ -264,8 +264,8 @@ class Run:
         """Bring `state` to the newest sound checkpoint, and the metrics to its step.
 
         A damaged checkpoint is told of by `tell` and passed over. With no checkpoint at all, the run begins at its
-        beginning. Raises ValueError for another model shape, vocabulary or data (it says which), or where every checkpoint
-        is damaged; `state` is untouched then.
+        beginning. Raises ValueError for another model shape, vocabulary or data (it says which), or where every
+        checkpoint is damaged; `state` and the folder are untouched then.
         """
         saved = self.checkpoints()
         for checkpoint in reversed(saved):
@@ -328,7 +328,7 @@ def load_model(folder: str | Path, device: str = "cpu") -> tuple[GPT, Vocabulary
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; an unfinished last line is left out. Raises ValueError where there are none."""
+    """The lines of a run's metrics.jsonl, but for an unfinished last one. Raises ValueError where it cannot be read."""
     path = Path(folder) / "metrics.jsonl"
     try:
         return list(_records(path.read_text(encoding="utf-8")))
