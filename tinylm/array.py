@@ -97,8 +97,9 @@ def keep_freed_memory() -> None:
     zeroed and page by page. A training step frees and allocates the same sizes over and over, and would spend
     a fifth of its time so (4 layers, 128 wide). Does nothing where the C library is not glibc.
     """
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # <malloc.h>
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
+        mallopt(M_ARENA_MAX, 1)  # a thread's own arena would give back what it frees all the same

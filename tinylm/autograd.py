@@ -64,6 +64,17 @@ def current(name: str) -> Any:
     return getattr(_state, name)
 
 
+def settings() -> dict[str, Any]:
+    """What `use` needs to make another thread record as this one does."""
+    return {name: current(name) for name in ("recording", "anomaly", "autocast")}
+
+
+def use(settings: dict[str, Any]) -> None:
+    """Set this thread's switches."""
+    for name, value in settings.items():
+        setattr(_state, name, value)
+
+
 def is_grad_enabled() -> bool:
     """Whether this thread records."""
     return _state.recording

@@ -44,6 +44,16 @@ def fused(op: type["Op"]) -> Callable[[type["Op"]], type["Op"]]:
     return register
 
 
+def twins_on() -> bool:
+    """Whether this thread uses twins."""
+    return _state.twins_on
+
+
+def use_twins(on: bool) -> None:
+    """Let this thread use twins, or not."""
+    _state.twins_on = on
+
+
 @contextmanager
 def reference_only() -> Iterator[None]:
     """Run this thread's ops by their readable reference, never by a fused twin."""

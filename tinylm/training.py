@@ -1,5 +1,6 @@
 """The training loop, to be read from top to bottom."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from .autograd import detect_anomaly, no_grad
 from .data import get_batch
 from .gpt import GPT
 from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
+from .parallel import Workers
 from .precision import GradScaler, autocast
 
 
@@ -100,71 +102,79 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
     val_tokens = val_tokens[: config.eval_tokens or None]
     model.train()
 
-    while not state.finished:
-        started = perf_counter()
+    with Workers(model, config.threads) as workers:
+        while not state.finished:
+            started = perf_counter()
 
-        # The gradient of the mean loss over the batch.
-        optimizer.zero_grad()
-        loss = batch_gradient(state, train_tokens)
-        loss_scale = scaler.get_scale()
-        scaler.unscale_(optimizer)
-        grad_norm = clip_grad_norm_(optimizer.parameters(), config.clip or math.inf)
-        # With loss scaling a gradient may overflow: the scaler skips the step and halves the scale, while it can.
-        overflow_is_normal = scaler.enabled and loss_scale > 1
-        if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflow_is_normal)):
-            culprit = first_not_finite(model, lambda: batch_gradient(state, train_tokens))
-            culprit = culprit or "a second look found nothing: the norm of the gradient itself is beyond its dtype"
-            norm = f"{grad_norm:.4g}" + (f" at a loss scale of {loss_scale:g}" if scaler.enabled else "")
-            raise FloatingPointError(
-                f"step {state.step + 1}: the loss is {loss:.4g} and the gradient norm {norm}; {culprit}"
-            )
+            # The gradient of the mean loss over the batch.
+            optimizer.zero_grad()
+            loss = batch_gradient(state, train_tokens, workers)
+            loss_scale = scaler.get_scale()
+            scaler.unscale_(optimizer)
+            grad_norm = clip_grad_norm_(optimizer.parameters(), config.clip or math.inf)
+            # With loss scaling a gradient may overflow: the scaler skips the step and halves the scale, while it can.
+            overflow_is_normal = scaler.enabled and loss_scale > 1
+            if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflow_is_normal)):
+                culprit = first_not_finite(model, lambda: batch_gradient(state, train_tokens, workers))
+                culprit = culprit or "a second look found nothing: the norm of the gradient itself is beyond its dtype"
+                norm = f"{grad_norm:.4g}" + (f" at a loss scale of {loss_scale:g}" if scaler.enabled else "")
+                raise FloatingPointError(
+                    f"step {state.step + 1}: the loss is {loss:.4g} and the gradient norm {norm}; {culprit}"
+                )
 
-        # The update.
-        lr = warmup_cosine(state.step, config.steps, config.lr, config.warmup, config.min_lr)
-        optimizer.set_lr(lr)
-        scaler.step(optimizer)
-        scaler.update()
-        state.step += 1
+            # The update.
+            lr = warmup_cosine(state.step, config.steps, config.lr, config.warmup, config.min_lr)
+            optimizer.set_lr(lr)
+            scaler.step(optimizer)
+            scaler.update()
+            state.step += 1
 
-        clipped = 0 < config.clip < grad_norm < math.inf
-        tokens = config.batch_size * model.config.block_size
-        done = Step(state.step, loss, lr, grad_norm, clipped, tokens, perf_counter() - started)
-        done.loss_scale = loss_scale if scaler.enabled else None
-        state.val_loss = None
-        if state.step == config.steps or (config.eval_every and state.step % config.eval_every == 0):
-            done.val_loss = state.val_loss = evaluate(model, val_tokens, config.batch_size)
-            if not math.isfinite(done.val_loss):
-                raise FloatingPointError(f"step {state.step}: the validation loss is {done.val_loss:.4g}")
-            if state.best_val_loss is None or done.val_loss < state.best_val_loss:
-                state.best_val_loss, state.evaluations_since_best = done.val_loss, 0
-            else:
-                state.evaluations_since_best += 1
-        yield done
+            clipped = 0 < config.clip < grad_norm < math.inf
+            tokens = config.batch_size * model.config.block_size
+            done = Step(state.step, loss, lr, grad_norm, clipped, tokens, perf_counter() - started)
+            done.loss_scale = loss_scale if scaler.enabled else None
+            state.val_loss = None
+            if state.step == config.steps or (config.eval_every and state.step % config.eval_every == 0):
+                done.val_loss = state.val_loss = evaluate(model, val_tokens, config.batch_size, workers)
+                if not math.isfinite(done.val_loss):
+                    raise FloatingPointError(f"step {state.step}: the validation loss is {done.val_loss:.4g}")
+                if state.best_val_loss is None or done.val_loss < state.best_val_loss:
+                    state.best_val_loss, state.evaluations_since_best = done.val_loss, 0
+                else:
+                    state.evaluations_since_best += 1
+            yield done
 
 
-def batch_gradient(state: TrainState, tokens: np.ndarray) -> float:
+def batch_gradient(state: TrainState, tokens: np.ndarray, workers: Workers) -> float:
     """Add the gradient of this step's mean loss, times the loss scale, to the parameters; return the loss.
 
-    One micro-batch after another: each loss is weighted by its share of the batch's sequences, and the gradients sum up
-    to those of the whole batch, in the memory of one micro-batch.
+    One micro-batch after another, and of each micro-batch every worker its share: each loss is weighted by its share of
+    the batch's sequences, and the gradients sum up to those of the whole batch, in the memory of one micro-batch.
     """
-    model, config, step = state.model, state.config, state.step
-    device = next(model.parameters()).device
-    loss = 0.0
-    first = 0
-    for micro in range(config.accumulate):
-        batch = get_batch(
-            tokens, config.batch_size, model.config.block_size, config.seed, step, micro, config.accumulate
-        )
-        x, y = (to_device(a, device) for a in batch)
-        # Dropout's masks depend on the step and on the sequence's place in the whole batch, however it is divided.
-        random.seed(config.seed, (step + 1) << 32, first_sample=first)
-        with autocast(config.dtype):
-            part = model.loss(x, y) * (len(x) / config.batch_size)
-        state.scaler.scale(part).backward()
-        loss += part.item()
-        first += len(x)
-    return loss
+    config, step = state.config, state.step
+
+    def work(rank: int, model: GPT) -> float:
+        model.train()
+        device = next(model.parameters()).device
+        loss = 0.0
+        first = 0
+        for micro in range(config.accumulate):
+            batch = get_batch(
+                tokens, config.batch_size, model.config.block_size, config.seed, step, micro, config.accumulate
+            )
+            mine = workers.share(len(batch[0]), rank)
+            x, y = (to_device(a[mine], device) for a in batch)
+            if len(x):
+                # Dropout's masks depend on the step and on the sequence's place in the batch, however it is divided.
+                random.seed(config.seed, (step + 1) << 32, first_sample=first + mine.start)
+                with autocast(config.dtype):
+                    part = model.loss(x, y) * (len(x) / config.batch_size)
+                state.scaler.scale(part).backward()
+                loss += part.item()
+            first += len(batch[0])
+        return loss
+
+    return sum(workers.gradient(work))
 
 
 def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
@@ -181,7 +191,7 @@ def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
 
 
 @no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, batch_size: int) -> float:
+def evaluate(model: GPT, tokens: np.ndarray, batch_size: int, workers: Workers | None = None) -> float:
     """Mean loss in nats a token over all of `tokens`, in consecutive blocks; in evaluation mode, nothing recorded.
 
     Every token but the first is predicted once, from what precedes it in its block. Raises ValueError for fewer than
@@ -195,14 +205,22 @@ def evaluate(model: GPT, tokens: np.ndarray, batch_size: int) -> float:
     batches = [(start, min(start + batch_size * T, whole), T) for start in range(0, whole, batch_size * T)]
     if rest := len(tokens) - 1 - whole:
         batches.append((whole, whole + rest, rest))
-    total = 0.0
-    training = model.training
-    model.eval()
-    try:
-        for start, end, length in batches:
+    workers = workers or Workers(model, 1)
+
+    def work(rank: int) -> list[float]:
+        losses = []
+        for start, end, length in batches[workers.share(len(batches), rank)]:
             window = to_device(np.asarray(tokens[start : end + 1], np.int64), device)
             x, y = window[:-1].reshape(-1, length), window[1:].reshape(-1, length)
-            total += model.loss(x, y).item() * y.size
+            losses.append(workers.models[rank].loss(x, y).item() * y.size)
+        return losses
+
+    training = model.training
+    for each in workers.models:
+        each.eval()
+    try:
+        losses = workers.run(work)
     finally:
-        model.train(training)
-    return total / (len(tokens) - 1)
+        for each in workers.models:
+            each.train(training)
+    return sum(itertools.chain(*losses)) / (len(tokens) - 1)

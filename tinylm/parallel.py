@@ -1,0 +1,120 @@
+"""One batch over several workers: each computes the gradient of its own sequences, and the gradients are summed.
+
+Splitting the *batch* over threads is faster than threads inside each op: a thread walks the whole model over its own
+sequences, with one BLAS thread and data that stay in its core's cache, and meets the others once a step. A worker has
+a replica of the model that shares the weights and has gradients of its own.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol, TypeVar
+
+from . import autograd, random, registry
+from .array import Array
+from .nn import Module, Parameter
+
+Result = TypeVar("Result")
+
+
+class Reducer(Protocol):
+    """How gradients are added up over the workers: here threads, elsewhere perhaps processes or machines."""
+
+    def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
+        """parts[r] are the arrays of this process's worker r, None for zeros; returns their sums, in parts[0]'s memory.
+
+        They are added in the order of the workers, so that the sums are the same bits on every run.
+        """
+
+
+class Workers:
+    """`size` threads that work on one model. As a context manager it limits BLAS to one thread each, and restores it.
+
+    With one worker everything runs in the calling thread, on the model itself, with BLAS as it is.
+    """
+
+    def __init__(self, model: Module, size: int):
+        if size < 1:
+            raise ValueError(f"threads must be at least 1, not {size}")
+        self.size = size
+        self.models: list[Any] = [model, *(replica(model) for _ in range(size - 1))]
+        self.reducer: Reducer = self
+
+    def __enter__(self) -> "Workers":
+        if self.size > 1:
+            from threadpoolctl import threadpool_limits
+
+            self._pool = ThreadPoolExecutor(self.size, "tinylm-worker")
+            self._limits = threadpool_limits(1, "blas")
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.size > 1:
+            self._limits.restore_original_limits()
+            self._pool.shutdown()
+
+    def run(self, work: Callable[[int], Result]) -> list[Result]:
+        """[work(0), work(1), ...], each in a thread of its own, with the calling one's settings and randomness.
+
+        An exception in a worker is raised here, when all have ended.
+        """
+        if self.size == 1:
+            return [work(0)]
+        settings, twins, rng = autograd.settings(), registry.twins_on(), random.state()
+
+        def call(rank: int) -> Result:
+            autograd.use(settings)
+            registry.use_twins(twins)
+            random.seed(*rng)
+            return work(rank)
+
+        futures = [self._pool.submit(call, rank) for rank in range(self.size)]
+        failures = [failure for future in futures if (failure := future.exception())]
+        if failures:
+            raise failures[0]
+        return [future.result() for future in futures]
+
+    def gradient(self, work: Callable[[int, Any], Result]) -> list[Result]:
+        """[work(rank, model) ...], each of which adds to the gradients of its model; they are summed into the first's."""
+        for model in self.models[1:]:
+            model.zero_grad()
+        results = self.run(lambda rank: work(rank, self.models[rank]))
+        if self.size > 1:
+            parameters = [list(model.parameters()) for model in self.models]
+            sums = self.reducer.sum_([[p.grad for p in own] for own in parameters])
+            for p, grad in zip(parameters[0], sums, strict=True):
+                p.grad = grad
+        return results
+
+    def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
+        """Each thread adds up a share of the arrays."""
+        sums: list[Any] = [None] * len(parts[0])
+
+        def add(rank: int) -> None:
+            for i in range(rank, len(sums), self.size):
+                for part in parts:
+                    if sums[i] is None:
+                        sums[i] = part[i]
+                    elif part[i] is not None:
+                        sums[i] += part[i]
+
+        self.run(add)
+        return sums
+
+    def share(self, n: int, rank: int) -> slice:
+        """Which of `n` items worker `rank` has: consecutive ones, as equal as can be."""
+        return slice(n * rank // self.size, n * (rank + 1) // self.size)
+
+
+def replica(model: Module) -> Module:
+    """A copy of the model with the same weights in the same memory, and gradients of its own."""
+    shared: dict[int, Any] = {}
+    for p in model.parameters():
+        shared[id(p)] = Parameter(p.data)
+    return copy.deepcopy(model, shared)
+
+
+def available_cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
