@@ -63,9 +63,9 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """state.json alone, its own checksum verified."""
-        path = self.path / "state.json"
+        path, content = self.path / "state.json", self._content("state.json")
         try:
-            state = json.loads(self._content("state.json"))
+            state = json.loads(content)
             expected = state["sha256"].pop("state.json")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise DamagedError(f"{path} is damaged, or not of tinylm") from None
