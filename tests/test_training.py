@@ -127,9 +127,10 @@ def test_training_is_in_place_and_in_training_mode():
 
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float64, 1e-12), (np.float32, 1e-6)])
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
-def test_accumulated_gradients_are_those_of_the_full_batch(dtype, rtol, accumulate):
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_accumulated_gradients_are_those_of_the_full_batch(dtype, rtol, accumulate, dropout):
     """3 micro-batches of 8 sequences are ragged: 2, 3 and 3, so that a mean of their means would be wrong."""
-    full, parts = make(dtype), make(dtype)
+    full, parts = make(dtype, dropout=dropout), make(dtype, dropout=dropout)
     (a,) = run(full, steps=1, lr=0.0, clip=0)
     (b,) = run(parts, steps=1, lr=0.0, clip=0, accumulate=accumulate)
     assert math.isclose(a.loss, b.loss, rel_tol=rtol)
