@@ -93,6 +93,7 @@ class Op:
 
     autocasts: ClassVar[bool] = False  # its floating inputs are cast under autocast
     broadcasts: ClassVar[bool] = False  # operands broadcast and promote; the engine sums and casts gradients back
+    takes_none: ClassVar[bool] = False  # backward gets None, not zeros, for an output that the loss does not depend on
 
     parents: tuple[Union["Op", "Tensor", None], ...] | None = ()
     saved: tuple[Any, ...] = ()
@@ -205,13 +206,13 @@ def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) ->
     tensors = [tensors] if isinstance(tensors, Tensor) else tensors
     grads = grads if isinstance(grads, list | tuple) else [grads] * len(tensors)
     roots = [(tensor, _seed(tensor, grad)) for tensor, grad in zip(tensors, grads, strict=True)]
-    nodes = _reachable([tensor.op for tensor in tensors if tensor.op is not None])
+    nodes = reachable([tensor.op for tensor in tensors if tensor.op is not None])
     for tensor, grad in roots:
         _accumulate(tensor if tensor.op is None else tensor.op, tensor.slot, grad, owned=False)
     del tensors, grads, roots
     while nodes:
         op = nodes.pop()
-        dys = op.grads if len(op.grads) == 1 else _filled(op.grads, op.outputs)
+        dys = op.grads if len(op.grads) == 1 or op.takes_none else _filled(op.grads, op.outputs)
         op.grads = []
         dxs = op.backward(*dys)
         if not isinstance(dxs, tuple):
@@ -256,7 +257,7 @@ def _seed(tensor: "Tensor", grad: Array | None) -> Array:
     return grad
 
 
-def _reachable(roots: list[Op]) -> list[Op]:
+def reachable(roots: list[Op]) -> list[Op]:
     """Every node below `roots`, oldest first. A loop, not recursion: graphs are deeper than Python's stack."""
     seen = set(roots)
     stack = list(seen)

@@ -17,7 +17,7 @@ gradient overflows: then this step is skipped and the number halved.
 On a CPU float16 is emulated: products are formed in float32 and rounded. That saves memory and teaches; it is not faster.
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,8 @@ def autocast(dtype: Any = "float16", enabled: bool = True) -> AbstractContextMan
     The cast is recorded, and its backward returns the dtype of what was cast: a float32 parameter keeps its
     float32 gradient. All other ops go on in the dtype that they are given; losses are float32.
     """
-    dtype = np.dtype(dtype)
+    with suppress(TypeError):  # NumPy knows no bfloat16, and says so in words of its own
+        dtype = np.dtype(dtype)
     if dtype not in (np.float16, np.float32):
         raise ValueError(f"autocast: dtype must be float16 or float32, not {dtype}")
 
@@ -72,6 +73,7 @@ class GradScaler:
         self._scale = float(init_scale)
         self._good_steps = 0  # in a row
         self._found_inf: bool | None = None  # of this step; None before unscale_
+        self._stepped = False  # in this step
 
     def get_scale(self) -> float:
         return self._scale if self.enabled else 1.0
@@ -93,8 +95,11 @@ class GradScaler:
 
     def step(self, optimizer: AdamW) -> bool:
         """optimizer.step(), unless a gradient is not finite; returns whether it took place."""
+        if self.enabled and self._stepped:
+            raise RuntimeError("GradScaler.step was already called in this step; call update() after step()")
         if self.enabled and self._found_inf is None:
             self.unscale_(optimizer)
+        self._stepped = True
         if self._found_inf:
             return False
         optimizer.step()
@@ -112,10 +117,11 @@ class GradScaler:
         else:
             self._good_steps += 1
             if self._good_steps == self.growth_interval:
-                # Not into infinity, from which no halving leads back.
-                self._scale = min(self._scale * self.growth_factor, float(np.finfo(np.float32).max))
+                grown = self._scale * self.growth_factor
+                if grown < float(np.finfo(np.float32).max):  # from infinity no halving leads back
+                    self._scale = grown
                 self._good_steps = 0
-        self._found_inf = None
+        self._found_inf, self._stepped = None, False
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint holds: PyTorch's names."""

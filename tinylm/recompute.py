@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from . import autograd, random
+from .array import array_module
 from .autograd import Op
 from .tensor import Tensor
 
@@ -15,6 +16,8 @@ class Checkpoint(Op):
     Parameters that `fn` uses get their gradients directly; the op returns those of its inputs.
     """
 
+    takes_none = True  # zeros would flow into parameters that get no gradient at all
+
     fn: Callable[..., Any]  # of Tensors
     settings: tuple[Any, ...]  # the randomness and the autocast of the first run
 
@@ -22,6 +25,8 @@ class Checkpoint(Op):
         self.save(*arrays)
         with autograd.no_grad():
             y = self.fn(*(Tensor(a) for a in arrays))
+        if wrong := [type(t).__name__ for t in _tuple(y) if not isinstance(t, Tensor)]:
+            raise TypeError(f"fn must return a Tensor or a tuple of Tensors, not {wrong[0]}")
         return tuple(t.data for t in y) if isinstance(y, tuple) else y.data
 
     def backward(self, *dys):
@@ -31,19 +36,27 @@ class Checkpoint(Op):
         random.seed(*rng)
         try:
             with autograd.enable_grad(), autograd.switch("autocast", autocast):
-                y = self.fn(*inputs)
+                y = _tuple(self.fn(*inputs))
         finally:
             random.seed(*now)
-        outputs = y if isinstance(y, tuple) else (y,)
         # An output that depends on nothing differentiable has no graph to walk.
-        walked = [(t, dy) for t, dy in zip(outputs, dys, strict=True) if t.requires_grad]
-        del y, outputs
-        autograd.backward([t for t, _ in walked], [dy for _, dy in walked])
-        return tuple(x.grad if x.grad is not None else _zeros(x) if x.requires_grad else None for x in inputs)
+        roots = [(t, dy) for t, dy in zip(y, dys, strict=True) if t.requires_grad and dy is not None]
+        del y
+        if any(op.order < self.order for op in autograd.reachable([t.op for t, _ in roots if t.op is not None])):
+            raise RuntimeError(
+                "checkpoint: fn uses a tensor that was computed outside of it and requires a gradient; "
+                "pass it to checkpoint as an input"
+            )
+        autograd.backward([t for t, _ in roots], [dy for _, dy in roots])
+        return tuple(_gradient(x) if x.requires_grad else None for x in inputs)
 
 
-def _zeros(x: Tensor) -> Any:
-    return x.data * 0
+def _tuple(y: Any) -> tuple[Any, ...]:
+    return y if isinstance(y, tuple) else (y,)
+
+
+def _gradient(x: Tensor) -> Any:
+    return array_module(x.data).zeros_like(x.data) if x.grad is None else x.grad
 
 
 def checkpoint(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
@@ -51,26 +64,30 @@ def checkpoint(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
 
     `fn` returns a Tensor or a tuple of Tensors, and must do the same when it is run again. It may use parameters, dropout,
     autocast and checkpoint itself. Tensors among `inputs` and `kwargs` get gradients; everything else is passed on.
+    What was computed from parameters outside must come in as an input of its own, not in a list or a closure.
     Raises ValueError where no tensor given to it requires a gradient (pass the input through an embedding or a layer
     first, or do not checkpoint). Without recording it is just a call.
     """
     if not autograd.is_grad_enabled():
         return fn(*inputs, **kwargs)
-    places = [*range(len(inputs)), *kwargs]
-    given = [*inputs, *kwargs.values()]
-    tensors = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
-    if not any(given[i].requires_grad for i in tensors):
+    n, places = len(inputs), [*range(len(inputs)), *kwargs]
+    given = dict(zip(places, [*inputs, *kwargs.values()], strict=True))
+    tensors = {place: x for place, x in given.items() if isinstance(x, Tensor)}
+    if not any(x.requires_grad for x in tensors.values()):
         raise ValueError(
             "checkpoint: no input requires a gradient, so nothing inside could get one; "
             "checkpoint a later part of the model, or call the function directly"
         )
 
     # The node must not hold the tensors twice: what it saves is dropped in time, what a closure holds is not.
-    others = {place: x for i, (place, x) in enumerate(zip(places, given, strict=True)) if i not in tensors}
+    names = list(tensors)
+    others = {place: x for place, x in given.items() if place not in tensors}
 
     def call(*arrays: Tensor) -> Any:
-        now = {**others, **{places[i]: x for i, x in zip(tensors, arrays, strict=True)}}
-        return fn(*(now[i] for i in range(len(inputs))), **{name: now[name] for name in kwargs})
+        now = {**others, **dict(zip(names, arrays, strict=True))}
+        return fn(*(now[i] for i in range(n)), **{name: now[name] for name in places[n:]})
 
     settings = (random.state(), autograd.current("autocast"))
-    return Checkpoint.apply(*(given[i] for i in tensors), fn=call, settings=settings)
+    y = Checkpoint.apply(*tensors.values(), fn=call, settings=settings)
+    whole = tuple(t if t.dtype.kind == "f" else t.detach() for t in _tuple(y))  # integers have no gradient
+    return whole if isinstance(y, tuple) else whole[0]

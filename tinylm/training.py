@@ -169,7 +169,8 @@ def batch_gradient(state: TrainState, tokens: np.ndarray, workers: Workers) -> f
                 random.seed(config.seed, (step + 1) << 32, first_sample=first + mine.start)
                 with autocast(config.dtype):
                     part = model.loss(x, y) * (len(x) / config.batch_size)
-                state.scaler.scale(part).backward()
+                with np.errstate(over="ignore", invalid="ignore"):  # train() looks for an overflow, and can mend it
+                    state.scaler.scale(part).backward()
                 loss += part.item()
             first += len(batch[0])
         return loss
