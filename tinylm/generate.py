@@ -102,12 +102,11 @@ def stream(
 
 
 class Reader:
-    """Rows of tokens (B, T) that grow together, and what the model expects next."""
+    """Rows of tokens (B, T) that grow together, as far as the model still sees them, and what it expects next."""
 
     def __init__(self, model: "GPT", ids: np.ndarray, cache: bool = True):
         self.model = model
         self.ids = to_device(ids, next(model.parameters()).device)
-        self.start = 0  # how many tokens have slid out on the left
         self.cached = cache
         self.cache = model.new_cache() if cache else None
 
@@ -119,10 +118,8 @@ class Reader:
     @no_grad()
     def logits(self) -> np.ndarray:
         """Of the next token, once after each append: (B, V) in float64, on the host."""
-        length = self.start + self.ids.shape[1]
-        slide = window_start(length, self.model.config.block_size) - self.start
+        slide = window_start(self.ids.shape[1], self.model.config.block_size)  # from where the window began
         if slide:  # every token has another position now, and with it other keys and values
-            self.start += slide
             self.ids = self.ids[:, slide:]
             self.cache = self.model.new_cache() if self.cached else None
         unseen = self.ids[:, self.cache[0].length :] if self.cache else self.ids
@@ -200,7 +197,7 @@ def _noise(rows: Sequence[np.ndarray], seed: int) -> list[np.random.Generator]:
     generators = []
     for row in rows:
         prompt = row.tobytes()
-        generators.append(random.generator(SAMPLES, seed, seen[prompt], len(row), *row))
+        generators.append(random.generator(SAMPLES, seed, seen[prompt], *row))
         seen[prompt] += 1
     return generators
 
