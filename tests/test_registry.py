@@ -5,7 +5,8 @@ import threading
 import numpy as np
 import pytest
 
-from tinylm import Op, fused, no_grad, ops, override, reference_only, registry, tensor
+from tinylm import Op, no_grad, ops, override, reference_only, registry, tensor
+from tinylm.registry import fused
 from tinylm.ops.softmax import Softmax
 
 

@@ -4,7 +4,7 @@ from . import autograd, nn, ops, optim, random
 from .autograd import Op, detect_anomaly, enable_grad, is_grad_enabled, no_grad
 from .gpt import GPT, GPTConfig
 from .gradcheck import GradcheckError, gradcheck
-from .registry import fused, override, reference_only
+from .registry import override, reference_only
 from .tensor import Tensor, tensor
 
 __version__ = "0.1.0"
@@ -18,7 +18,6 @@ __all__ = [
     "autograd",
     "detect_anomaly",
     "enable_grad",
-    "fused",
     "gradcheck",
     "is_grad_enabled",
     "nn",

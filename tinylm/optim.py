@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from . import registry
 from .array import Array, array_module, pieces, to_device
 from .nn import Module, Parameter
 
@@ -127,6 +128,12 @@ class AdamW:
         xp = array_module(p.data)
         p.data = xp.asarray(p.data, order="C")  # itself, almost always: a piece must be a view, not a copy
         grad = xp.asarray(p.grad, order="C")
+        fused = registry.kernel("adamw")
+        if fused is not None and xp is np and p.dtype == grad.dtype == np.float32:
+            arrays = (a.reshape(-1) for a in (p.data, grad, state["exp_avg"], state["exp_avg_sq"]))
+            numbers = (beta1, beta2, 1 - lr * weight_decay, step_size, rescale, self.eps)
+            fused(*arrays, *map(np.float32, numbers))
+            return
         for w, g, m, v in pieces(p.data, grad, state["exp_avg"], state["exp_avg_sq"]):
             if weight_decay:
                 w *= 1 - lr * weight_decay

@@ -76,7 +76,7 @@ class Workers:
         return [future.result() for future in futures]
 
     def gradient(self, work: Callable[[int, Any], Result]) -> list[Result]:
-        """[work(rank, model) ...], each of which adds to the gradients of its model; they are summed into the first's."""
+        """[work(rank, model) ...], each of which adds to its model's gradients; they are summed into the first's."""
         for model in self.models[1:]:
             model.zero_grad()
         results = self.run(lambda rank: work(rank, self.models[rank]))

@@ -33,6 +33,19 @@ def implementation(op: type["Op"], arrays: list[Any], params: dict[str, Any]) ->
     return op
 
 
+_kernels: dict[str, Callable[..., Any]] = {}  # fused loops that are no op: the optimizer's, the matrix product
+
+
+def kernel(name: str) -> Callable[..., Any] | None:
+    """The fused loop of this name, or None where there is none or this thread does not use twins."""
+    return _kernels.get(name) if _state.twins_on else None
+
+
+def register_kernel(name: str, function: Callable[..., Any]) -> None:
+    """Put a fused loop in force under this name."""
+    _kernels[name] = function
+
+
 def fused(op: type["Op"]) -> Callable[[type["Op"]], type["Op"]]:
     """Class decorator: register a faster twin of `op`, used for the inputs its `supports` accepts."""
 

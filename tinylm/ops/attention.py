@@ -28,15 +28,7 @@ class CausalAttention(Op):
 
     def forward(self, q, k, v):
         xp = array_module(q)
-        if not (q.ndim == k.ndim == v.ndim == 4):
-            raise ValueError("q, k and v must be of shape (B, H, T, D)")
-        (B, H, T, D), S = q.shape, k.shape[2]
-        if k.shape != (B, H, S, D) or v.shape[:3] != (B, H, S):
-            raise ValueError("q, k and v must agree in batch and heads, q and k in head size, k and v in length")
-        if T > S:
-            raise ValueError(
-                f"{T} queries for {S} keys: the last query stands at the last key, so there cannot be more"
-            )
+        (B, H, T, _), S = self.check(q, k, v), k.shape[2]
         # (B, T, H, D) in memory, so that merging the heads afterwards is a view.
         y = xp.empty((B, T, H, v.shape[3]), q.dtype).transpose(0, 2, 1, 3)
         ps = []
@@ -75,6 +67,19 @@ class CausalAttention(Op):
                 dk[:, :, :seen] += multiply(dk_, q_)
                 dv[:, :, :seen] += multiply(dv_, dy_)
         return dq, dk, dv
+
+    def check(self, q, k, v):
+        """q's shape. Raises ValueError where the three do not fit together."""
+        if not (q.ndim == k.ndim == v.ndim == 4):
+            raise ValueError("q, k and v must be of shape (B, H, T, D)")
+        (B, H, T, D), S = q.shape, k.shape[2]
+        if k.shape != (B, H, S, D) or v.shape[:3] != (B, H, S):
+            raise ValueError("q, k and v must agree in batch and heads, q and k in head size, k and v in length")
+        if T > S:
+            raise ValueError(
+                f"{T} queries for {S} keys: the last query stands at the last key, so there cannot be more"
+            )
+        return q.shape
 
     def blocks(self, T, S):
         """(first query, end of queries, number of keys that the last of them sees) of each block."""

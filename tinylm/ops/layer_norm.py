@@ -14,10 +14,9 @@ class LayerNorm(Op):
     eps: float
 
     def forward(self, x, weight, bias):
-        C = x.shape[-1]
-        if weight.shape != (C,) or (bias is not None and bias.shape != (C,)):
-            raise ValueError(f"weight and bias must be of shape ({C},)")
+        self.check(x, weight, bias)
         xp = array_module(x)
+        C = x.shape[-1]
         x2 = x.reshape(-1, C).astype(wide(x.dtype), copy=False)  # (N, C)
         xhat = x2 - x2.mean(axis=1, keepdims=True)
         var = row_dot(xhat, xhat) / C
@@ -28,6 +27,11 @@ class LayerNorm(Op):
             y += bias
         self.save(xhat.astype(x.dtype, copy=False), rstd, weight)
         return y.reshape(x.shape).astype(x.dtype, copy=False)
+
+    def check(self, x, weight, bias):
+        C = x.shape[-1]
+        if weight.shape != (C,) or (bias is not None and bias.shape != (C,)):
+            raise ValueError(f"weight and bias must be of shape ({C},)")
 
     def backward(self, dy):
         xhat, rstd, weight = self.saved

@@ -41,23 +41,26 @@ class LinearCrossEntropy(Op):
         step = max(1, PIECE // V)
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            each = xp.arange(len(t[part]))
             z = x[part] @ w.T  # (n, V)
-            z -= z.max(axis=1, keepdims=True)
-            chosen = z[each, t[part]]
-            xp.exp(z, out=z)
-            total = z.sum(axis=1)
-            loss += (xp.where(counted[part], xp.log(total) - chosen, xp.zeros_like(total)) * share[part]).sum()
-            if dx is None and dw is None:
-                continue
-            z *= (share[part] / total)[:, None]
-            z[each, t[part]] -= share[part]  # G, weighted
+            loss += self.loss_and_slope(z, t[part], share[part], counted[part])
             if dx is not None:
                 xp.matmul(z, w, out=dx[part])
             if dw is not None:
                 dw += z.T @ x[part]
         self.save(dx, dw)
         return loss
+
+    def loss_and_slope(self, z, t, share, counted):
+        """Logits z (n, V) -> G * share, in place; returns the sum of the losses, each times its share (n,)."""
+        xp = array_module(z)
+        each = xp.arange(len(t))
+        z -= z.max(axis=1, keepdims=True)
+        chosen = z[each, t]
+        xp.exp(z, out=z)
+        total = z.sum(axis=1)
+        z *= (share / total)[:, None]
+        z[each, t] -= share
+        return (xp.where(counted, xp.log(total) - chosen, xp.zeros_like(total)) * share).sum()
 
     def backward(self, dy):
         dx, dw = self.saved

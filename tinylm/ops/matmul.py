@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from .. import registry
 from ..array import Array, array_module, device_of
 from ..autograd import Op, unbroadcast
 
@@ -15,8 +16,10 @@ def product(a: Array, b: Array) -> Array:
     if a.dtype == b.dtype == np.float16 and device_of(a) == "cpu":
         return product(a.astype(np.float32), b.astype(np.float32)).astype(np.float16)
     if b.ndim == 2 and a.ndim > 2:
-        return (a.reshape(-1, a.shape[-1]) @ b).reshape(*a.shape[:-1], b.shape[-1])
-    return a @ b
+        return product(rows(a), b).reshape(*a.shape[:-1], b.shape[-1])
+    sgemm = registry.kernel("sgemm")
+    y = sgemm(a, b) if sgemm is not None else None
+    return a @ b if y is None else y
 
 
 def rows(x: Array) -> Array:

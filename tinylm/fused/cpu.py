@@ -1,0 +1,116 @@
+"""Fused CPU twins: the same formulas as the reference ops, one pass of a compiled loop where NumPy makes many.
+
+They take float32 on a CPU; for anything else the reference runs.
+"""
+
+import math
+
+import numpy as np
+
+from ..autograd import Op
+from ..ops.attention import CausalAttention
+from ..ops.gelu import Gelu
+from ..ops.layer_norm import LayerNorm
+from ..ops.linear_cross_entropy import LinearCrossEntropy
+from ..ops.matmul import rows
+from ..registry import fused, register_kernel
+from . import kernels
+
+f32 = np.float32
+
+
+class Float32(Op):
+    """What all twins here support: arrays of float32 on a CPU (integers beside them)."""
+
+    @classmethod
+    def supports(cls, *arrays, **params):
+        return all(
+            a is None or (isinstance(a, np.ndarray) and a.size and (a.dtype == f32 or a.dtype.kind in "iu"))
+            for a in arrays
+        )
+
+
+@fused(Gelu)
+class FusedGelu(Float32, Gelu):
+    def forward(self, x):
+        y = np.empty(x.shape, f32)
+        slope = np.empty(x.shape, f32)
+        kernels.gelu(np.ascontiguousarray(x).reshape(-1), y.reshape(-1), slope.reshape(-1))
+        self.save(slope)
+        return y
+
+    def backward(self, dy):
+        (slope,) = self.saved
+        return dy * slope
+
+
+@fused(LayerNorm)
+class FusedLayerNorm(Float32, LayerNorm):
+    def forward(self, x, weight, bias):
+        self.check(x, weight, bias)
+        x2 = np.ascontiguousarray(rows(x))
+        xhat, y, rstd = np.empty_like(x2), np.empty_like(x2), np.empty(len(x2), f32)
+        shift = np.zeros_like(weight) if bias is None else bias
+        kernels.layer_norm(x2, np.ascontiguousarray(weight), np.ascontiguousarray(shift), f32(self.eps), xhat, rstd, y)
+        self.save(xhat, rstd, weight)
+        return y.reshape(x.shape)
+
+    def backward(self, dy):
+        xhat, rstd, weight = self.saved
+        dx, dweight, dbias = np.empty_like(xhat), np.zeros_like(weight), np.zeros_like(weight)
+        dy2 = np.ascontiguousarray(rows(dy))
+        kernels.layer_norm_backward(dy2, xhat, rstd, np.ascontiguousarray(weight), dx, dweight, dbias)
+        return dx.reshape(dy.shape), dweight, dbias if self.needs[2] else None
+
+
+@fused(CausalAttention)
+class FusedCausalAttention(Float32, CausalAttention):
+    @classmethod
+    def supports(cls, *arrays, **params):
+        return super().supports(*arrays) and not params["dropout"]
+
+    def forward(self, q, k, v):
+        (B, H, T, D), S = self.check(q, k, v), k.shape[2]
+        y = np.empty((B, T, H, v.shape[3]), f32).transpose(0, 2, 1, 3)
+        ps = []
+        for start, end, seen in self.blocks(T, S):
+            p = np.matmul(q[:, :, start:end], k[:, :, :seen].swapaxes(-1, -2))
+            kernels.causal_softmax(rows(p), end - start, f32(1 / math.sqrt(D)))
+            np.matmul(p, v[:, :, :seen], out=y[:, :, start:end])
+            ps.append(p)
+        self.save(q, k, v, y, ps)
+        return y
+
+    def backward(self, dy):
+        q, k, v, y, ps = self.saved
+        dq, dk, dv = (np.empty(x.transpose(0, 2, 1, 3).shape, f32).transpose(0, 2, 1, 3) for x in (q, k, v))
+        delta = np.einsum("bhtd,bhtd->bht", dy, y)
+        # From the last block, which sees every key and so fills dk and dv, to the first.
+        for (start, end, seen), p in reversed(list(zip(self.blocks(q.shape[2], k.shape[2]), ps, strict=True))):
+            dy_, q_ = dy[:, :, start:end], q[:, :, start:end]
+            ds = np.matmul(dy_, v[:, :, :seen].swapaxes(-1, -2))
+            delta_ = np.ascontiguousarray(delta[:, :, start:end]).reshape(-1)
+            kernels.causal_softmax_backward(rows(p), rows(ds), delta_, end - start, f32(1 / math.sqrt(q.shape[3])))
+            np.matmul(ds, k[:, :, :seen], out=dq[:, :, start:end])
+            if seen == k.shape[2]:
+                np.matmul(ds.swapaxes(-1, -2), q_, out=dk)
+                np.matmul(p.swapaxes(-1, -2), dy_, out=dv)
+            else:
+                dk[:, :, :seen] += np.matmul(ds.swapaxes(-1, -2), q_)
+                dv[:, :, :seen] += np.matmul(p.swapaxes(-1, -2), dy_)
+        return dq, dk, dv
+
+
+@fused(LinearCrossEntropy)
+class FusedLinearCrossEntropy(Float32, LinearCrossEntropy):
+    def forward(self, hidden, weight, targets):
+        return super().forward(hidden, weight, targets)
+
+    def backward(self, dy):
+        return super().backward(dy)
+
+    def loss_and_slope(self, z, t, share, counted):
+        return kernels.softmax_loss(z, t, share, counted)
+
+
+register_kernel("adamw", kernels.adamw)
