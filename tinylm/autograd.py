@@ -294,6 +294,15 @@ def _accumulate(target: Union[Op, "Tensor"], slot: int, dx: Array, owned: bool) 
         target.grad += dx
 
 
+def take_gradient(target: Union[Op, "Tensor"], slot: int) -> Array | None:
+    """What `_accumulate` has summed so far, for the caller to add to and to hand back as its own contribution."""
+    if isinstance(target, Op):
+        grad, target.grads[slot] = target.grads[slot], None
+        return grad if grad is None or target.owned[slot] else grad.copy()
+    grad, target.grad = target.grad, None
+    return grad
+
+
 def unbroadcast(dy: Array, shape: tuple[int, ...], dtype: Any) -> Array:
     """Undo broadcasting and promotion: sum `dy` over the axes that `shape` was stretched along, and cast it to `dtype`."""
     if dy.shape != shape:

@@ -14,7 +14,8 @@ gradient overflows: then this step is skipped and the number halved.
     scaler.step(optimizer)
     scaler.update()
 
-On a CPU float16 is emulated: products are formed in float32 and rounded. That saves memory and teaches; it is not faster.
+On a CPU float16 is emulated: products are formed in float32 and rounded. That saves memory and teaches; it is not
+faster.
 """
 
 from contextlib import AbstractContextManager, suppress

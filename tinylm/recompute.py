@@ -1,4 +1,4 @@
-"""Activation recomputation (Chen et al., 2016): forget what a part of the model saved, and compute it again in backward."""
+"""Activation recomputation (Chen et al., 2016): forget what a part of the model saved, compute it again in backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -47,6 +47,10 @@ class Checkpoint(Op):
                 "checkpoint: fn uses a tensor that was computed outside of it and requires a gradient; "
                 "pass it to checkpoint as an input"
             )
+        # The sums go on from where the inputs' gradients stand: added up in another order they would round differently.
+        for x, parent, slot in zip(inputs, self.parents or (), self.slots, strict=True):
+            if parent is not None:
+                x.grad = autograd.take_gradient(parent, slot)
         autograd.backward([t for t, _ in roots], [dy for _, dy in roots])
         return tuple(_gradient(x) if x.requires_grad else None for x in inputs)
 
@@ -62,8 +66,8 @@ def _gradient(x: Tensor) -> Any:
 def checkpoint(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
     """fn(*inputs, **kwargs), saving only the tensors among the inputs instead of all that happens inside.
 
-    `fn` returns a Tensor or a tuple of Tensors, and must do the same when it is run again. It may use parameters, dropout,
-    autocast and checkpoint itself. Tensors among `inputs` and `kwargs` get gradients; everything else is passed on.
+    `fn` returns a Tensor or a tuple of Tensors, and must do the same when it is run again. It may use parameters,
+    dropout, autocast and checkpoint itself. Tensors among `inputs` and `kwargs` get gradients; the rest is passed on.
     What was computed from parameters outside must come in as an input of its own, not in a list or a closure.
     Raises ValueError where no tensor given to it requires a gradient (pass the input through an embedding or a layer
     first, or do not checkpoint). Without recording it is just a call.
@@ -72,22 +76,25 @@ def checkpoint(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
         return fn(*inputs, **kwargs)
     n, places = len(inputs), [*range(len(inputs)), *kwargs]
     given = dict(zip(places, [*inputs, *kwargs.values()], strict=True))
-    tensors = {place: x for place, x in given.items() if isinstance(x, Tensor)}
-    if not any(x.requires_grad for x in tensors.values()):
+    places_of: dict[Tensor, list[int | str]] = {}  # of each tensor: it may be given twice
+    for place, x in given.items():
+        if isinstance(x, Tensor):
+            places_of.setdefault(x, []).append(place)
+    if not any(x.requires_grad for x in places_of):
         raise ValueError(
             "checkpoint: no input requires a gradient, so nothing inside could get one; "
             "checkpoint a later part of the model, or call the function directly"
         )
 
     # The node must not hold the tensors twice: what it saves is dropped in time, what a closure holds is not.
-    names = list(tensors)
-    others = {place: x for place, x in given.items() if place not in tensors}
+    groups = list(places_of.values())
+    others = {place: x for place, x in given.items() if not isinstance(x, Tensor)}
 
-    def call(*arrays: Tensor) -> Any:
-        now = {**others, **dict(zip(names, arrays, strict=True))}
+    def call(*tensors: Tensor) -> Any:
+        now = {**others, **{place: x for group, x in zip(groups, tensors, strict=True) for place in group}}
         return fn(*(now[i] for i in range(n)), **{name: now[name] for name in places[n:]})
 
     settings = (random.state(), autograd.current("autocast"))
-    y = Checkpoint.apply(*tensors.values(), fn=call, settings=settings)
+    y = Checkpoint.apply(*places_of, fn=call, settings=settings)
     whole = tuple(t if t.dtype.kind == "f" else t.detach() for t in _tuple(y))  # integers have no gradient
     return whole if isinstance(y, tuple) else whole[0]
