@@ -31,10 +31,10 @@ def main() -> None:
     args = parser.parse_args()
     with parser.mistakes():
         run = Run(args.out)
-        before = run.config() if args.resume and run.exists() else {}
-        parser.set_defaults(
-            **{name: value for name, value in before.items() if name in args}
-        )  # what is not said again stays as it was
+        resuming = args.resume and run.exists()
+        before = run.config() if resuming else {}
+        # What is not said again stays as it was.
+        parser.set_defaults(**{name: value for name, value in before.items() if name in args})
         args = parser.parse_args()
 
         config = cli.from_options(TrainConfig, args)
@@ -50,7 +50,7 @@ def main() -> None:
                 f"{args.out} holds a run: --resume goes on with it, --overwrite replaces it, or choose --out"
             )
         writable_folder(args.out)  # last: a mistake leaves nothing behind
-        if before:
+        if resuming:
             run.resume(state, vocabulary, data, tell=print)
             cli.tell_changes(before, now, state.step)
             run.write_config(now)
