@@ -1,10 +1,12 @@
-"""One training step in tinylm and in PyTorch eager: the same weights, the same batches, in turn.
+"""One training step in tinylm and in PyTorch: the same weights, the same batches, in turn.
 
-    python benchmarks/train_step.py [--config S M] [--steps N] [--json FILE]
+    python benchmarks/train_step.py [--config S M] [--engine numpy numba mkl] [--compile] [--json FILE]
 
-Both train in one process, one step of the one after one step of the other, so that a machine that slows down or is
-shared slows both; the ratio of the medians is the figure to quote. Peak memory is that of a process of its own for
-each. A step is: forward, backward, clipping by the global norm, AdamW (foreach=True, PyTorch's fastest here).
+All train in one process, one step of the one after one step of the other, so that a machine that slows down or is shared
+slows them all; the ratio of the medians is the figure to quote. Peak memory is that of a process of its own for each.
+A step is: forward, backward, clipping by the global norm, AdamW (foreach=True, PyTorch's fastest here), in float32.
+
+The engines: numpy is tinylm with nothing but NumPy, numba adds the compiled loops, mkl also MKL's matrix product.
 """
 
 import argparse
@@ -13,16 +15,20 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
+from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import tinylm
-from tinylm import GPT, GPTConfig
+from tinylm import GPT, GPTConfig, registry
 from tinylm.array import keep_freed_memory
 from tinylm.memory import peak_rss
 from tinylm.optim import AdamW, clip_grad_norm_, decay_groups
+from tinylm.parallel import Workers, available_cores
 
 CONFIGS = {
     "S": (GPTConfig(65, block_size=64, n_layer=4, n_head=4, n_embd=128), 12, 100),
@@ -34,37 +40,52 @@ WARMUP = 3  # steps not counted
 Step = Callable[[np.ndarray, np.ndarray], float]  # (inputs, targets) -> loss
 
 
-def tinylm_step(model: GPT) -> Step:
+def tinylm_step(model: GPT, engine: str, threads: int) -> Step:
     """A function that trains `model` by one step."""
     keep_freed_memory()
     optimizer = AdamW(decay_groups(model, WEIGHT_DECAY), LR)
+    workers = Workers(model, threads)
+    workers.__enter__()
 
     def step(x: np.ndarray, y: np.ndarray) -> float:
-        optimizer.zero_grad()
-        loss = model.loss(x, y)
-        loss.backward()
-        clip_grad_norm_(optimizer.parameters(), CLIP)
-        optimizer.step()
-        return loss.item()
+        def work(rank: int, replica: GPT) -> float:
+            mine = workers.share(len(x), rank)
+            loss = replica.loss(x[mine], y[mine]) * (len(x[mine]) / len(x))
+            loss.backward()
+            return loss.item()
+
+        with ExitStack() as only:
+            if engine == "numpy":
+                only.enter_context(tinylm.reference_only())
+            elif engine == "numba":
+                only.enter_context(mock.patch.dict(registry._kernels, clear=False))
+                registry._kernels.pop("sgemm", None)
+            optimizer.zero_grad()
+            loss = sum(workers.gradient(work))
+            clip_grad_norm_(optimizer.parameters(), CLIP)
+            optimizer.step()
+        return loss
 
     return step
 
 
-def torch_step(model: GPT) -> Step:
+def torch_step(model: GPT, engine: str, threads: int) -> Step:
     """A function that trains a PyTorch twin of `model` by one step."""
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import torch
     from torch_gpt import from_tinylm
 
+    torch.set_num_threads(threads)
     twin = from_tinylm(model)
     matrices = [p for p in twin.parameters() if p.ndim >= 2]
     vectors = [p for p in twin.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=LR, foreach=True)
+    loss_of = torch.compile(twin.loss) if engine == "compile" else twin.loss
 
     def step(x: np.ndarray, y: np.ndarray) -> float:
         optimizer.zero_grad(set_to_none=True)
-        loss = twin.loss(torch.from_numpy(x), torch.from_numpy(y))
+        loss = loss_of(torch.from_numpy(x), torch.from_numpy(y))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(twin.parameters(), CLIP)
         optimizer.step()
@@ -73,7 +94,10 @@ def torch_step(model: GPT) -> Step:
     return step
 
 
-STEPS = {"tinylm": tinylm_step, "torch": torch_step}
+def make_step(engine: str, config: GPTConfig, threads: int) -> Step:
+    """A step of `engine`, from the same weights for all."""
+    tinylm.random.seed(0)
+    return (torch_step if engine in ("torch", "compile") else tinylm_step)(GPT(config), engine, threads)
 
 
 def batch(config: GPTConfig, batch_size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -82,43 +106,52 @@ def batch(config: GPTConfig, batch_size: int, number: int) -> tuple[np.ndarray, 
     return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
-def measure(name: str, steps: int) -> dict[str, object]:
-    """Train both in turn and return the row of the table."""
+def measure(name: str, engines: list[str], steps: int, threads: int) -> list[dict[str, Any]]:
+    """Train all in turn and return a row of the table for each of tinylm's engines."""
     config, batch_size, _ = CONFIGS[name]
-    tinylm.random.seed(0)
-    model = GPT(config)
-    step = {which: make(model) for which, make in reversed(STEPS.items())}
-    seconds: dict[str, list[float]] = {which: [] for which in step}
-    losses: dict[str, list[float]] = {which: [] for which in step}
+    step = {engine: make_step(engine, config, threads) for engine in engines}
+    seconds: dict[str, list[float]] = {engine: [] for engine in engines}
+    losses: dict[str, list[float]] = {engine: [] for engine in engines}
     for number in range(WARMUP + steps):
         x, y = batch(config, batch_size, number)
-        for which in step:
+        for engine in engines:
             started = perf_counter()
-            losses[which].append(step[which](x, y))
-            seconds[which].append(perf_counter() - started)
-    ms = {which: 1e3 * statistics.median(times[WARMUP:]) for which, times in seconds.items()}
-    return {
-        "config": name,
-        "tokens": batch_size * config.block_size,
-        "tinylm_ms": ms["tinylm"],
-        "torch_ms": ms["torch"],
-        "ratio": ms["torch"] / ms["tinylm"],
-        "tinylm_mb": peak_mb(name, "tinylm"),
-        "torch_mb": peak_mb(name, "torch"),
-        "loss_difference": max(abs(a - b) for a, b in zip(losses["tinylm"], losses["torch"], strict=True)),
-        "loss": losses["tinylm"][-1],
-    }
+            losses[engine].append(step[engine](x, y))
+            seconds[engine].append(perf_counter() - started)
+    ms = {engine: 1e3 * statistics.median(times[WARMUP:]) for engine, times in seconds.items()}
+    mb = {engine: peak_mb(name, engine, threads) for engine in engines}
+    return [
+        {
+            "config": name,
+            "engine": engine,
+            "threads": threads,
+            "tokens": batch_size * config.block_size,
+            "tinylm_ms": ms[engine],
+            "torch_ms": ms["torch"],
+            "compile_ms": ms.get("compile"),
+            "ratio": ms["torch"] / ms[engine],
+            "ratio_to_compile": ms["compile"] / ms[engine] if "compile" in ms else None,
+            "tinylm_mb": mb[engine],
+            "torch_mb": mb["torch"],
+            "loss": losses[engine][-1],
+            "loss_difference": max(abs(a - b) for a, b in zip(losses[engine], losses["torch"], strict=True)),
+        }
+        for engine in engines
+        if engine not in ("torch", "compile")
+    ]
 
 
-def peak_mb(name: str, which: str) -> float:
+def peak_mb(name: str, engine: str, threads: int) -> float:
     """Peak resident memory, in MB, of a process that trains only one of them for a few steps."""
-    command = [sys.executable, __file__, "--config", name, "--peak-of", which]
+    command = [sys.executable, __file__, "--config", name, "--peak-of", engine, "--threads", str(threads)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def print_peak(name: str, which: str) -> None:
+def print_peak(name: str, engine: str, threads: int) -> None:
+    if engine in ("numba", "mkl"):
+        tinylm.fused.load()
     config, batch_size, _ = CONFIGS[name]
-    step = STEPS[which](GPT(config))
+    step = make_step(engine, config, threads)
     for number in range(5):
         step(*batch(config, batch_size, number))
     print(peak_rss() / 1e6)
@@ -127,35 +160,52 @@ def print_peak(name: str, which: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", nargs="+", choices=CONFIGS, default=list(CONFIGS))
-    parser.add_argument("--steps", type=int, help="counted steps of each (default: 100 for S, 10 for M)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
-    parser.add_argument("--peak-of", choices=STEPS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.peak_of:
-        return print_peak(args.config[0], args.peak_of)
-
-    print(f"{'':6}{'ms/step':^18}{'tokens/s':^18}{'ratio of':^10}{'peak MB':^16}{'losses':>10}")
-    print(
-        f"{'':6}{'tinylm':>9}{'torch':>9}"
-        + f"{'tinylm':>9}{'torch':>9}{'speeds':>9}{'tinylm':>9}{'torch':>8}{'differ by':>11}"
+    parser.add_argument(
+        "--engine", nargs="+", choices=("numpy", "numba", "mkl"), help="default: all that are installed"
     )
+    parser.add_argument(
+        "--compile", action="store_true", help="also torch.compile, which takes a minute and a C++ compiler"
+    )
+    parser.add_argument("--steps", type=int, help="counted steps of each (default: 100 for S, 10 for M)")
+    parser.add_argument("--threads", type=int, default=available_cores(), help="of each (default: the cores)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    parser.add_argument("--peak-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    import tinylm.fused
+
+    if args.peak_of:
+        return print_peak(args.config[0], args.peak_of, args.threads)
+
+    engines = args.engine or ["numpy"]
+    if args.engine is None or engines != ["numpy"]:
+        installed = tinylm.fused.load()
+        engines = args.engine or ["numpy", *installed]
+        if missing := set(engines) - {"numpy", *installed}:
+            parser.error(f"not installed, or of no use here: {', '.join(sorted(missing))}")
+    rivals = ["torch", "compile"] if args.compile else ["torch"]
+
+    print(f"{'':12}{'ms/step':^27}{'tokens/s':^18}{'speed against':^16}{'peak MB':^16}{'losses':>10}")
+    print(f"{'':12}{'tinylm':>9}{'eager':>9}{'compile':>9}{'tinylm':>9}{'eager':>9}", end="")
+    print(f"{'eager':>8}{'compile':>8}{'tinylm':>8}{'eager':>8}{'differ by':>11}", flush=True)
     rows = []
     for name in args.config:
-        row = measure(name, args.steps or CONFIGS[name][2])
-        rows.append(row)
-        speed = {which: row["tokens"] / row[f"{which}_ms"] * 1e3 for which in STEPS}
-        print(
-            f"{name:6}{row['tinylm_ms']:9.1f}{row['torch_ms']:9.1f}{speed['tinylm']:9,.0f}{speed['torch']:9,.0f}"
-            f"{row['ratio']:9.2f}{row['tinylm_mb']:9.0f}{row['torch_mb']:8.0f}{row['loss_difference']:11.0e}",
-            flush=True,
-        )
-        if row["loss_difference"] > 1e-3:
-            sys.exit(
-                f"the losses of {name} differ by {row['loss_difference']:.2g}: the two do not train the same model"
+        for row in measure(name, [*engines, *rivals], args.steps or CONFIGS[name][2], args.threads):
+            rows.append(row)
+            ms, torch_ms, tokens = row["tinylm_ms"], row["torch_ms"], row["tokens"]
+            compiled, ratio = (f"{row[key]:.{digits}f}" if row[key] else "-" for key, digits in COMPILED)
+            print(
+                f"{name:3}{row['engine']:9}{ms:9.1f}{torch_ms:9.1f}{compiled:>9}{tokens / ms * 1e3:9,.0f}"
+                f"{tokens / torch_ms * 1e3:9,.0f}{row['ratio']:8.2f}{ratio:>8}{row['tinylm_mb']:8.0f}"
+                f"{row['torch_mb']:8.0f}{row['loss_difference']:11.0e}",
+                flush=True,
             )
+            if row["loss_difference"] > 1e-3:
+                sys.exit(f"the losses of {name} differ by {row['loss_difference']:.2g}: this is not the same model")
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
+
+COMPILED = (("compile_ms", 1), ("ratio_to_compile", 2))
 
 if __name__ == "__main__":
     main()
