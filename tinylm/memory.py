@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import autograd
 from .array import Array, cupy, is_array
-from .nn import Module
+from .nn import Module, Parameter
 from .optim import AdamW
-from .tensor import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -71,7 +70,7 @@ class track_memory:
     def recorded(self, op: autograd.Op, outputs: tuple[Array, ...]) -> None:
         """Called by the engine for a new node."""
         self._nodes.add(op)
-        if op.name() == "Cast" and isinstance((op.parents or (None,))[0], Tensor):
+        if op.name() == "Cast" and isinstance((op.parents or (None,))[0], Parameter):
             self._copies[id(outputs[0])] = weakref.ref(outputs[0])
         self.look()
 
@@ -79,8 +78,8 @@ class track_memory:
         """Count what is held now; the engine calls it when a node was recorded or released."""
         snapshot = Snapshot(gradients=sum(p.grad.nbytes for p in self.parameters if p.grad is not None))
         nodes = sorted(self._nodes, key=lambda op: op.order)
-        leaves = {id(_buffer(leaf.data)) for op in nodes for leaf in op.parents or () if isinstance(leaf, Tensor)}
-        seen = leaves | {id(_buffer(p.data)) for p in self.parameters}
+        used = [p for op in nodes for p in op.parents or () if isinstance(p, Parameter)]
+        seen = {id(_buffer(p.data)) for p in [*self.parameters, *used]}
         for op in nodes:
             for array in _arrays(op.saved):
                 buffer = _buffer(array)
@@ -144,10 +143,11 @@ class track_memory:
         }
         in_mb = {name: [b / 1e6 for b in values] for name, values in layers.items() if any(values)}
         colors = ["#4477aa", "#ccbb44", "#ee6677", "#228833"]
-        axes.stackplot(range(len(self.timeline)), *in_mb.values(), labels=in_mb.keys(), colors=colors, alpha=0.85)
+        if in_mb:
+            axes.stackplot(range(len(self.timeline)), *in_mb.values(), labels=in_mb.keys(), colors=colors, alpha=0.85)
+            axes.legend(frameon=False, loc="upper left")
         axes.set(xlabel="ops, forward and then backward", ylabel="MB held", xlim=(0, max(1, len(self.timeline) - 1)))
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, loc="upper left")
         return figure
 
 
