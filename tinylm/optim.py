@@ -131,7 +131,7 @@ class AdamW:
         fused = registry.kernel("adamw")
         if fused is not None and xp is np and p.dtype == grad.dtype == np.float32:
             arrays = (a.reshape(-1) for a in (p.data, grad, state["exp_avg"], state["exp_avg_sq"]))
-            numbers = (beta1, beta2, 1 - lr * weight_decay, step_size, rescale, self.eps)
+            numbers = (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, step_size, rescale, self.eps)
             fused(*arrays, *map(np.float32, numbers))
             return
         for w, g, m, v in pieces(p.data, grad, state["exp_avg"], state["exp_avg_sq"]):

@@ -5,15 +5,18 @@ sequences, with one BLAS thread and data that stay in its core's cache, and meet
 a replica of the model that shares the weights and has gradients of its own.
 """
 
+import contextvars
 import copy
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from . import autograd, random, registry
 from .array import Array
-from .nn import Module, Parameter
+from .nn import Module
 
 Result = TypeVar("Result")
 
@@ -24,7 +27,8 @@ class Reducer(Protocol):
     def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
         """parts[r] are the arrays of this process's worker r, None for zeros; returns their sums, in parts[0]'s memory.
 
-        They are added in the order of the workers, so that the sums are the same bits on every run.
+        They are added in the order of the workers, so that the sums are the same bits on every run. It is asked also
+        where this process has one worker.
         """
 
 
@@ -39,6 +43,7 @@ class Workers:
             raise ValueError(f"threads must be at least 1, not {size}")
         self.size = size
         self.models: list[Any] = [model, *(replica(model) for _ in range(size - 1))]
+        self.parameters = [list(each.parameters()) for each in self.models]
         self.reducer: Reducer = self
 
     def __enter__(self) -> "Workers":
@@ -62,6 +67,9 @@ class Workers:
         if self.size == 1:
             return [work(0)]
         settings, twins, rng = autograd.settings(), registry.twins_on(), random.state()
+        for same in zip(*self.parameters, strict=True):
+            for p in same[1:]:
+                p.data = same[0].data  # what it is already, unless somebody gave the model's parameter another array
 
         def call(rank: int) -> Result:
             autograd.use(settings)
@@ -69,7 +77,8 @@ class Workers:
             random.seed(*rng)
             return work(rank)
 
-        futures = [self._pool.submit(call, rank) for rank in range(self.size)]
+        # A copy of the context takes NumPy's errstate along.
+        futures = [self._pool.submit(contextvars.copy_context().run, call, rank) for rank in range(self.size)]
         failures = [failure for future in futures if (failure := future.exception())]
         if failures:
             raise failures[0]
@@ -80,11 +89,10 @@ class Workers:
         for model in self.models[1:]:
             model.zero_grad()
         results = self.run(lambda rank: work(rank, self.models[rank]))
-        if self.size > 1:
-            parameters = [list(model.parameters()) for model in self.models]
-            sums = self.reducer.sum_([[p.grad for p in own] for own in parameters])
-            for p, grad in zip(parameters[0], sums, strict=True):
-                p.grad = grad
+        with np.errstate(over="ignore", invalid="ignore"):  # as in the gradients: whoever reads the sums looks for it
+            sums = self.reducer.sum_([[p.grad for p in own] for own in self.parameters])
+        for p, grad in zip(self.parameters[0], sums, strict=True):
+            p.grad = grad
         return results
 
     def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
@@ -111,7 +119,8 @@ def replica(model: Module) -> Module:
     """A copy of the model with the same weights in the same memory, and gradients of its own."""
     shared: dict[int, Any] = {}
     for p in model.parameters():
-        shared[id(p)] = Parameter(p.data)
+        shared[id(p)] = copy.copy(p)
+        shared[id(p)].grad = None
     return copy.deepcopy(model, shared)
 
 

@@ -6,37 +6,39 @@ where it is faster than NumPy's ("tinylm[mkl]"). Without them, and inside `with 
 
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 
 from .. import registry
+from ..parallel import available_cores
 from . import mkl
 
 
-def load(tell: Callable[[str], None] = lambda message: print(message, file=sys.stderr)) -> list[str]:
+def load(
+    tell: Callable[[str], None] = lambda message: print(message, file=sys.stderr), threads: int | None = None
+) -> list[str]:
     """Put the twins in force, in every thread; returns which: 'numba', 'mkl', both or neither.
 
     The first time on a machine numba compiles its loops, which is told; afterwards they come from the disk. Without numba
-    it tells what to install.
+    it tells what to install. Whether MKL pays may depend on `threads`, the workers of the training (default: the cores).
     """
     loaded = []
-    if find_spec("numba") is None:
-        tell('note: pip install "tinylm[fast]" brings compiled loops that make training on a CPU faster')
+    first = "tinylm.fused.cpu" not in sys.modules
+    try:
+        from . import cpu  # importing it registers its twins; it compiles nothing yet
+    except ImportError as error:
+        tell(f'note: pip install "tinylm[fast]" brings compiled loops that make training on a CPU faster ({error})')
     else:
-        if "tinylm.fused.cpu" not in sys.modules and not _compiled():
+        if first and not _compiled(Path(cpu.kernels.gelu.stats.cache_path)):
             tell("compiling the fused loops, once; this takes some seconds")
-        from . import cpu  # noqa: F401  (importing it registers its twins)
-
         loaded.append("numba")
     if registry.kernel("sgemm") is None and (library := mkl.find()):
         sgemm = mkl.Sgemm(library)
-        if sgemm.pays():
+        if sgemm.pays(threads or available_cores()):
             registry.register_kernel("sgemm", sgemm)
     return [*loaded, "mkl"] if registry.kernel("sgemm") else loaded
 
 
-def _compiled() -> bool:
-    """Whether numba's compiled loops of this very source lie on the disk."""
-    source = Path(__file__).with_name("kernels.py")
-    compiled = (source.parent / "__pycache__").glob("kernels.*.nbi")
-    return any(path.stat().st_mtime >= source.stat().st_mtime for path in compiled)
+def _compiled(folder: Path) -> bool:
+    """Whether numba's compiled loops of this very source lie in its folder."""
+    source = Path(__file__).with_name("kernels.py").stat().st_mtime
+    return any(path.stat().st_mtime >= source for path in folder.glob("kernels.*.nbi"))

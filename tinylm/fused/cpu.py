@@ -20,14 +20,11 @@ f32 = np.float32
 
 
 class Float32(Op):
-    """What all twins here support: arrays of float32 on a CPU (integers beside them)."""
+    """What all twins here support: arrays of float32 on a CPU."""
 
     @classmethod
     def supports(cls, *arrays, **params):
-        return all(
-            a is None or (isinstance(a, np.ndarray) and a.size and (a.dtype == f32 or a.dtype.kind in "iu"))
-            for a in arrays
-        )
+        return all(a is None or (isinstance(a, np.ndarray) and a.size and a.dtype == f32) for a in arrays)
 
 
 @fused(Gelu)
@@ -74,7 +71,7 @@ class FusedCausalAttention(Float32, CausalAttention):
         y = np.empty((B, T, H, v.shape[3]), f32).transpose(0, 2, 1, 3)
         ps = []
         for start, end, seen in self.blocks(T, S):
-            p = np.matmul(q[:, :, start:end], k[:, :, :seen].swapaxes(-1, -2))
+            p = _dots(q[:, :, start:end], k[:, :, :seen])
             kernels.causal_softmax(rows(p), end - start, f32(1 / math.sqrt(D)))
             np.matmul(p, v[:, :, :seen], out=y[:, :, start:end])
             ps.append(p)
@@ -88,7 +85,7 @@ class FusedCausalAttention(Float32, CausalAttention):
         # From the last block, which sees every key and so fills dk and dv, to the first.
         for (start, end, seen), p in reversed(list(zip(self.blocks(q.shape[2], k.shape[2]), ps, strict=True))):
             dy_, q_ = dy[:, :, start:end], q[:, :, start:end]
-            ds = np.matmul(dy_, v[:, :, :seen].swapaxes(-1, -2))
+            ds = _dots(dy_, v[:, :, :seen])
             delta_ = np.ascontiguousarray(delta[:, :, start:end]).reshape(-1)
             kernels.causal_softmax_backward(rows(p), rows(ds), delta_, end - start, f32(1 / math.sqrt(q.shape[3])))
             np.matmul(ds, k[:, :, :seen], out=dq[:, :, start:end])
@@ -101,8 +98,17 @@ class FusedCausalAttention(Float32, CausalAttention):
         return dq, dk, dv
 
 
+def _dots(a, b):
+    """a b^T, contiguous whatever the order of a's and b's axes in memory: the kernels work on its rows, in place."""
+    return np.matmul(a, b.swapaxes(-1, -2), order="C")
+
+
 @fused(LinearCrossEntropy)
 class FusedLinearCrossEntropy(Float32, LinearCrossEntropy):
+    @classmethod
+    def supports(cls, hidden, weight, targets, **params):
+        return super().supports(hidden, weight) and isinstance(targets, np.ndarray)
+
     def forward(self, hidden, weight, targets):
         return super().forward(hidden, weight, targets)
 

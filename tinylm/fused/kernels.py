@@ -42,7 +42,7 @@ def _exp(x):
     p = p * r + f32(5.0000001201e-1)
     p = p * r * r + r + f32(1)
     y = p * _as_float((np.int32(n) + np.int32(127)) << np.int32(23))
-    return x if x != x else y if x > f32(-87.0) else f32(0)
+    return x if x != x else f32(0) if x < f32(-87.0) else f32(math.inf) if x > f32(88.0) else y
 
 
 @njit(inline="never", fastmath=True)  # a maximum vectorises only where NaN may be ignored; _exp hands it on
@@ -165,9 +165,9 @@ def softmax_loss(z, targets, share, counted):
 
 
 @kernel
-def adamw(w, g, m, v, beta1, beta2, decay, step_size, rescale, eps):
-    """One AdamW update of w (n,); m and v are its moments. See optim.AdamW."""
+def adamw(w, g, m, v, rest1, beta2, rest2, decay, step_size, rescale, eps):
+    """One AdamW update of w (n,); m and v are its moments, rest1 is 1 - beta1, rest2 1 - beta2. See optim.AdamW."""
     for i in range(w.size):
-        m[i] += (f32(1) - beta1) * (g[i] - m[i])
-        v[i] = beta2 * v[i] + (f32(1) - beta2) * g[i] * g[i]
+        m[i] += rest1 * (g[i] - m[i])
+        v[i] = beta2 * v[i] + rest2 * g[i] * g[i]
         w[i] = w[i] * decay - step_size * m[i] / (math.sqrt(v[i]) * rescale + eps)
