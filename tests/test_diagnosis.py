@@ -26,15 +26,15 @@ def run(prepare=None, tokens=TRAIN, seed=0, **config):
     model = GPT(GPTConfig(len(VOCABULARY), block_size=32, n_layer=2, n_head=2, n_embd=32))
     if prepare:
         prepare(model)
-    settings = {"steps": 200, "batch_size": 8, "warmup": 10, "lr": 6e-3, "eval_every": 40, "seed": seed, **config}
+    config = TrainConfig(
+        **{"steps": 200, "batch_size": 8, "warmup": 10, "lr": 6e-3, "eval_every": 40, "seed": seed, **config}
+    )
     records = []
     try:
         with np.errstate(all="ignore"):
-            for s in train(TrainState(model, TrainConfig(**settings)), tokens, VAL[:2000]):
+            for s in train(TrainState(model, config), tokens, VAL[:2000]):
                 record = {"step": s.step, "loss": s.loss, "lr": s.lr, "grad_norm": s.grad_norm, "loss_scale": None}
-                records.append(
-                    {**record, "clipped": 0 < settings["clip"] < s.grad_norm if "clip" in settings else False}
-                )
+                records.append({**record, "clipped": 0 < config.clip < s.grad_norm})
                 if s.val_loss is not None:
                     records.append({"step": s.step, "val_loss": s.val_loss})
     except FloatingPointError:
@@ -156,6 +156,13 @@ def test_the_warmups_part_in_it_is_told():
     assert finding.advice == "a peak of 0.05 or less, or a warmup several times as long"
 
 
+def test_a_validation_loss_that_rises_with_the_training_loss_is_not_overfitting():
+    records = steps([3 - 0.01 * i for i in range(100)] + [2.0] * 60 + [2 + 0.002 * i for i in range(240)])
+    for step, val in ((160, 2.1), (240, 2.2), (320, 2.3), (400, 2.5)):
+        records.append({"step": step, "val_loss": val})
+    assert conditions(sorted(records, key=lambda record: record["step"])) == {"loss not decreasing"}
+
+
 # --- not finite, exploding, spiking, vanishing --------------------------------------------------------------------
 
 
@@ -195,6 +202,12 @@ def test_a_norm_that_explodes_further_is_told_again():
     ]
     (final,) = diagnose(steps(FALLING[:40], [1.0] * 20 + [2e3, 3e3, 2e6, 3e6, 1e9] + [1.0] * 15))
     assert "reached 1e+09 at step 25" in final.evidence
+
+
+def test_what_was_severe_stays_so():
+    records = steps([4.0 - 0.01 * i for i in range(150)] + [50.0] * 20 + [5.0] * 130)
+    assert [(f.condition, f.level) for f in watch(records)] == [("loss exploding", 2), ("loss not decreasing", 1)]
+    assert [(f.condition, f.level) for f in diagnose(records)] == [("loss exploding", 2), ("loss not decreasing", 1)]
 
 
 @pytest.mark.parametrize(("times", "found"), [(2, set()), (3, {"gradient spiking"})])
@@ -286,7 +299,7 @@ def healthy(kind):
 
 @pytest.mark.parametrize(
     ("kind", "runs", "length"),
-    [("default", 1, 2000), ("start_of_default", 10, 250), ("smaller", 20, 2000)],
+    [("default", 1, 2000), ("start_of_default", 20, 250), ("smaller", 20, 2000)],
 )
 def test_quiet_on_healthy_runs(kind, runs, length):
     """`default`: examples/train_char.py as it stands; `smaller`: with 2 layers of 32 channels, contexts of 32."""
@@ -312,6 +325,14 @@ def test_quiet_on_noise_and_at_the_end_of_a_long_run():
         val = 1.25 + 3 * math.exp(-step / 300) + 0.01 * noise.normal()
         records.insert(records.index(records[step - 1]) + 1, {"step": step, "val_loss": val})
     assert watch(sorted(records, key=lambda r: r["step"])) == []
+
+
+def test_quiet_where_the_schedule_has_ended():
+    records = steps([4.6 - 0.01 * i for i in range(150)] + [3.1] * 450)
+    assert conditions(records) == {"loss not decreasing"}
+    for record in records:
+        record["lr"] = 1e-3 if record["step"] <= 150 else 1e-5
+    assert watch(records) == []
 
 
 def test_a_step_costs_next_to_nothing_however_long_the_run():

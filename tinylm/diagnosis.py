@@ -337,7 +337,7 @@ class Monitor:
         """Many steps a little above the clip are no harm: it must stand far below what the norm usually is."""
         if self._steps < 2 * WINDOW or self._step - self._peak_step < WINDOW:
             return  # norms are large in the beginning
-        if "learning rate too low" in self._found:
+        if self._found.keys() & {"learning rate too low", "very slow progress"}:
             return  # so this still is the beginning
         clipped, typical = sum(self._clipped), median(self._norms) if self._norms else 0.0
         if clipped >= 0.95 * WINDOW and typical > 10 * self._largest_unclipped:
