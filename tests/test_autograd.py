@@ -686,6 +686,14 @@ def test_apply_refuses_what_is_no_tensor_array_or_number(x):
         ops.add(leaf(1), x)
 
 
+def test_arrays_that_are_mapped_files_are_arrays_like_others(tmp_path):
+    mapped = np.memmap(tmp_path / "array", np.float64, "w+", shape=(3,))
+    mapped[:] = [1, 2, 3]
+    a = leaf(3)
+    (tensor(mapped) * a + tensor(mapped)).sum().backward()
+    np.testing.assert_array_equal(a.grad, [1, 2, 3])
+
+
 def test_scalars_do_not_change_the_dtype():
     a = leaf(2, dtype=np.float32)
     for y in (a * 2.0, 2 * a, a + np.float64(1), np.float64(3) * a, a / 3, 1 - a, a**2):

@@ -9,9 +9,11 @@ import itertools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import _GeneratorContextManager, contextmanager
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import numpy as np
+from numpy import ndarray
 
 from . import registry
 from .array import Array, array_module, device_of, is_array, wide
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from .tensor import Tensor
 
 
-class _ThreadState(threading.local):
-    """What recording depends on. Per thread, so that two threads may each run a tape of their own."""
+class Switches:
+    """What recording depends on."""
 
     recording = True
     anomaly = False  # look for values that are not finite
@@ -29,19 +31,29 @@ class _ThreadState(threading.local):
     tracker: Any = None  # counts what the tape holds; see memory.py
 
 
+class _ThreadState(threading.local):
+    """Switches of its own for each thread, so that two threads may each run a tape of their own."""
+
+    def __init__(self) -> None:
+        self.switches = Switches()
+
+
 _state = _ThreadState()
+_NUMBERS = (int, float, type(None))
+_order = attrgetter("order")
 _creation = itertools.count()  # a node is always newer than its parents: creation order is a topological order
 
 
 @contextmanager
 def switch(name: str, value: Any) -> Iterator[None]:
     """Set one of this thread's switches; as a decorator, anew for each call, in whichever thread it runs."""
-    before = getattr(_state, name)
-    setattr(_state, name, value)
+    switches = _state.switches
+    before = getattr(switches, name)
+    setattr(switches, name, value)
     try:
         yield
     finally:
-        setattr(_state, name, before)
+        setattr(switches, name, before)
 
 
 def no_grad() -> _GeneratorContextManager[None]:
@@ -61,7 +73,7 @@ def detect_anomaly() -> _GeneratorContextManager[None]:
 
 def current(name: str) -> Any:
     """This thread's setting of a switch."""
-    return getattr(_state, name)
+    return getattr(_state.switches, name)
 
 
 def settings() -> dict[str, Any]:
@@ -72,12 +84,12 @@ def settings() -> dict[str, Any]:
 def use(settings: dict[str, Any]) -> None:
     """Set this thread's switches."""
     for name, value in settings.items():
-        setattr(_state, name, value)
+        setattr(_state.switches, name, value)
 
 
 def is_grad_enabled() -> bool:
     """Whether this thread records."""
-    return _state.recording
+    return _state.switches.recording
 
 
 class Op:
@@ -95,12 +107,9 @@ class Op:
     broadcasts: ClassVar[bool] = False  # operands broadcast and promote; the engine sums and casts gradients back
     takes_none: ClassVar[bool] = False  # backward gets None, not zeros, for an output that the loss does not depend on
 
-    parents: tuple[Union["Op", "Tensor", None], ...] | None = ()
+    parents: Sequence[Union["Op", "Tensor", None]] | None = ()
     saved: tuple[Any, ...] = ()
-    needs: tuple[bool, ...] = ()  # needs[i]: somebody wants the gradient of input i
-
-    def __init__(self, **params: Any):
-        self.__dict__.update(params)
+    needs: Sequence[bool] = ()  # needs[i]: somebody wants the gradient of input i
 
     def forward(self, *arrays: Any) -> Any:
         raise NotImplementedError(f"{self.name()} has no forward")
@@ -129,34 +138,39 @@ class Op:
         Returns a Tensor, or a tuple of them where forward returns a tuple. Raises ValueError, TypeError or
         IndexError with the op, the shapes, dtypes and devices it was given.
         """
-        if _state.autocast is not None and cls.autocasts:
-            inputs = tuple(map(_state.autocast, inputs))
-        arrays = []
-        needs = []
-        recording = _state.recording
-        kind = None
+        switches = _state.switches
+        if switches.autocast is not None and cls.autocasts:
+            inputs = tuple(map(switches.autocast, inputs))
+        # One plain loop, since every op comes through here: on small arrays each further pass could be felt.
+        arrays: list[Any] = []
+        needs: list[bool] = []
+        parents: list[Op | Tensor | None] = []
+        slots: list[int] = []
+        kind: type[Any] | None = None
         for x in inputs:
             if isinstance(x, Tensor):
-                arrays.append(x.data)
-                needs.append(recording and x.requires_grad)
+                need = switches.recording and x.requires_grad
+                needs.append(need)
+                parents.append(None if not need else x if x.op is None else x.op)
+                slots.append(x.slot)
                 x = x.data
             else:
-                if isinstance(x, np.generic):
-                    x = x.item()  # NumPy's float64 scalars would make a float64 of everything they touch
-                elif not (x is None or isinstance(x, int | float) or is_array(x)):
-                    raise TypeError(
-                        f"{cls.name()} takes Tensors, arrays and numbers, not {type(x).__name__}; try tensor(...)"
-                    )
-                arrays.append(x)
                 needs.append(False)
-            if hasattr(x, "dtype") and type(x) is not kind:
-                if kind is not None:
+                parents.append(None)
+                slots.append(0)
+                x = cls._plain(x)
+            arrays.append(x)
+            if type(x) is not kind and hasattr(x, "dtype"):
+                if kind is not None and issubclass(kind, ndarray) != isinstance(x, ndarray):
                     raise TypeError(
                         f"{cls.name()}: inputs on different devices: {_describe(arrays)}; move them with .to(...)"
                     )
                 kind = type(x)
-        op = registry.implementation(cls, arrays, params)(**params)
-        op.needs = tuple(needs)
+        op = registry.implementation(cls, arrays, params)()
+        if params:
+            for name, value in params.items():
+                setattr(op, name, value)
+        op.needs = needs
         try:
             y = op.forward(*arrays)
         except (ValueError, TypeError, IndexError) as error:
@@ -165,32 +179,36 @@ class Op:
                 f"{cls.name()}({_describe(arrays)}): {error}"
             ) from error
 
-        outputs = y if isinstance(y, tuple) else (y,)
-        if _state.anomaly:
+        several = isinstance(y, tuple)
+        outputs = y if several else (y,)
+        if switches.anomaly:
             for a in outputs:
                 _check_finite(f"the output of {cls.name()}({_describe(arrays)})", a)
-        if True in needs:
+        node = op if True in needs else None
+        if node is not None:
             op.order = next(_creation)
-            op.parents = tuple(
-                None if not need else x if x.op is None else x.op for x, need in zip(inputs, needs, strict=True)
-            )
-            op.slots = tuple(x.slot if need else 0 for x, need in zip(inputs, needs, strict=True))
-            op.specs = tuple((a.shape, a.dtype) if need else None for a, need in zip(arrays, needs, strict=True))
-            op.outputs = tuple((a.shape, a.dtype) for a in outputs)
-            op.grads = [None] * len(outputs)
-            op.owned = [False] * len(outputs)
-            tensors = tuple(Tensor._of(a, op, slot) for slot, a in enumerate(outputs))
-            if _state.tracker is not None:
-                _state.tracker.recorded(op, outputs)
-        else:
-            tensors = tuple(Tensor._of(a, None, 0) for a in outputs)
-        return tensors if isinstance(y, tuple) else tensors[0]
+            op.parents, op.slots = parents, slots
+            op.outputs = [(a.shape, a.dtype) for a in y] if several else ((y.shape, y.dtype),)
+            op.grads, op.owned = ([None] * len(y), [False] * len(y)) if several else ([None], [False])
+            if switches.tracker is not None:
+                switches.tracker.recorded(op, outputs)
+        if several:
+            return tuple(Tensor._of(a, node, slot) for slot, a in enumerate(outputs))
+        return Tensor._of(y, node, 0)
+
+    @classmethod
+    def _plain(cls, x: Any) -> Any:
+        """An input that is no Tensor: an array, a Python number or None. Raises TypeError for anything else."""
+        if isinstance(x, np.generic):
+            return x.item()  # NumPy's float64 scalars would make a float64 of everything they touch
+        if isinstance(x, _NUMBERS) or is_array(x):
+            return x
+        raise TypeError(f"{cls.name()} takes Tensors, arrays and numbers, not {type(x).__name__}; try tensor(...)")
 
     # Filled in when the node is recorded.
     order: int
-    slots: tuple[int, ...]  # which output of its parent each input is
-    specs: tuple[tuple[tuple[int, ...], Any] | None, ...]  # shape and dtype of each input that needs a gradient
-    outputs: tuple[tuple[tuple[int, ...], Any], ...]  # the same of each output
+    slots: Sequence[int]  # which output of its parent each input is
+    outputs: Sequence[tuple[tuple[int, ...], Any]]  # shape and dtype of each output
     grads: list[Array | None]  # gradient of each output, as far as it has been summed
     owned: list[bool]  # whether that array is ours to add to
 
@@ -208,8 +226,9 @@ def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) ->
     roots = [(tensor, _seed(tensor, grad)) for tensor, grad in zip(tensors, grads, strict=True)]
     nodes = reachable([tensor.op for tensor in tensors if tensor.op is not None])
     for tensor, grad in roots:
-        _accumulate(tensor if tensor.op is None else tensor.op, tensor.slot, grad, owned=False)
+        _accumulate(tensor if tensor.op is None else tensor.op, tensor.slot, grad, [grad], ())
     del tensors, grads, roots
+    switches = _state.switches
     while nodes:
         op = nodes.pop()
         dys = op.grads if len(op.grads) == 1 or op.takes_none else _filled(op.grads, op.outputs)
@@ -220,25 +239,29 @@ def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) ->
         parents = op.parents or ()
         if len(dxs) != len(parents):
             raise RuntimeError(f"{op.name()}.backward returned {len(dxs)} gradients for {len(parents)} inputs")
-        for i, (parent, dx) in enumerate(zip(parents, dxs, strict=True)):
+        for i, (parent, slot, dx) in enumerate(zip(parents, op.slots, dxs, strict=True)):
             if parent is None:
                 continue
-            spec = op.specs[i]
-            if op.broadcasts and dx is not None and spec is not None:
-                dx = unbroadcast(dx, *spec)
-            if isinstance(dx, np.generic):
-                dx = np.asarray(dx)  # NumPy's arithmetic on arrays of shape () returns scalars
-            _check(f"{op.name()}.backward", f"the gradient of input {i}", dx, spec)
-            if _state.anomaly:
+            spec = parent.outputs[slot] if isinstance(parent, Op) else (parent.data.shape, parent.data.dtype)
+            if type(dx) is not ndarray or (dx.shape, dx.dtype) != spec:
+                dx = _fitted(op, i, dx, spec)
+            if switches.anomaly:
                 _check_finite(f"the gradient that {op.name()} gives its input {i}", dx)
-            # Freshly allocated and returned once, views included: nobody else holds it, so the engine may add to it in place.
-            held = sum(dx is other or dx is getattr(other, "base", None) for other in dxs)
-            owned = dx.base is None and held == 1 and not any(dx is dy for dy in dys)
-            _accumulate(parent, op.slots[i], dx, owned)
+            _accumulate(parent, slot, dx, dys, dxs)
         op.parents, op.saved = None, ()
-        if _state.tracker is not None:
-            _state.tracker.look()
+        if switches.tracker is not None:
+            switches.tracker.look()
         del dxs, dys, dx  # otherwise one more node's gradients would stay alive while the next one runs
+
+
+def _fitted(op: Op, i: int, dx: Any, spec: Any) -> Array:
+    """What `op` returned for its input `i`, brought to that input's shape and dtype where an op may leave it to us."""
+    if op.broadcasts and dx is not None:
+        dx = unbroadcast(dx, *spec)
+    if isinstance(dx, np.generic):
+        dx = np.asarray(dx)  # NumPy's arithmetic on arrays of shape () returns scalars
+    _check(f"{op.name()}.backward", f"the gradient of input {i}", dx, spec)
+    return dx
 
 
 def _seed(tensor: "Tensor", grad: Array | None) -> Array:
@@ -272,26 +295,43 @@ def reachable(roots: list[Op]) -> list[Op]:
             if isinstance(parent, Op) and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
-    return sorted(seen, key=lambda op: op.order)
+    return sorted(seen, key=_order)
 
 
-def _accumulate(target: Union[Op, "Tensor"], slot: int, dx: Array, owned: bool) -> None:
-    """Add `dx` to what `target` has so far. The first gradient is kept as it is; only an owned one is added to in place."""
+def _accumulate(target: Union[Op, "Tensor"], slot: int, dx: Array, dys: Sequence[Any], dxs: Sequence[Any]) -> None:
+    """Add `dx`, one of the `dxs` that an op returned for its `dys`, to what `target` has so far.
+
+    The first gradient is kept as it is; only one that is ours is added to in place.
+    """
     if isinstance(target, Op):
         before = target.grads[slot]
         if before is None:
-            target.grads[slot], target.owned[slot] = dx, owned
+            target.grads[slot], target.owned[slot] = dx, _is_ours(dx, dys, dxs)
         elif target.owned[slot]:
             before += dx
-        elif owned:
+        elif _is_ours(dx, dys, dxs):
             dx += before
             target.grads[slot], target.owned[slot] = dx, True
         else:
             target.grads[slot], target.owned[slot] = array_module(dx).asarray(before + dx), True
     elif target.grad is None:
-        target.grad = dx if owned else dx.copy()  # a leaf always owns its gradient
+        target.grad = dx if _is_ours(dx, dys, dxs) else dx.copy()  # a leaf always owns its gradient
     else:
         target.grad += dx
+
+
+def _is_ours(dx: Array, dys: Sequence[Any], dxs: Sequence[Any]) -> bool:
+    """Whether the engine may add to `dx` in place: freshly allocated and returned once, views included."""
+    if dx.base is not None:
+        return False
+    for dy in dys:
+        if dx is dy:
+            return False
+    held = 0  # by what the op returned; not at all where it was cast
+    for other in dxs:
+        if dx is other or dx is getattr(other, "base", None):
+            held += 1
+    return held <= 1
 
 
 def take_gradient(target: Union[Op, "Tensor"], slot: int) -> Array | None:
@@ -304,7 +344,7 @@ def take_gradient(target: Union[Op, "Tensor"], slot: int) -> Array | None:
 
 
 def unbroadcast(dy: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Undo broadcasting and promotion: sum `dy` over the axes that `shape` was stretched along, and cast it to `dtype`."""
+    """Undo broadcasting and promotion: sum `dy` over the axes that were stretched from `shape`, cast it to `dtype`."""
     if dy.shape != shape:
         extra = dy.ndim - len(shape)
         stretched = [extra + i for i, n in enumerate(shape) if n == 1 and dy.shape[extra + i] != 1]

@@ -23,11 +23,12 @@ _overrides: dict[type["Op"], type["Op"]] = {}
 
 
 def implementation(op: type["Op"], arrays: list[Any], params: dict[str, Any]) -> type["Op"]:
-    """The class to run for `op`: an override first, then the newest twin that supports these inputs, else `op` itself."""
+    """The class to run for `op`: an override, or else the newest twin that supports these inputs, or else `op`."""
     if op in _overrides:
         return _overrides[op]
-    if _state.twins_on:
-        for twin in reversed(_twins.get(op, ())):
+    twins = _twins.get(op)
+    if twins and _state.twins_on:
+        for twin in reversed(twins):
             if twin.supports(*arrays, **params):
                 return twin
     return op
