@@ -167,13 +167,13 @@ class Run:
     def _forget_after(self, step: int) -> None:
         """Drop the metrics and samples of later steps, and a line that a killed process left unfinished."""
         metrics, samples = self.folder / "metrics.jsonl", self.folder / "samples.txt"
-        if metrics.exists():
-            records = _records(metrics.read_text(encoding="utf-8", errors="replace"))
-            write_whole(metrics, "".join(json.dumps(line) + "\n" for line in records if line["step"] <= step))
-        if samples.exists():
-            text = samples.read_text(encoding="utf-8", errors="replace")
-            later = (m.start() for m in re.finditer(r"^=== step (\d+)$", text, re.MULTILINE) if int(m[1]) > step)
-            write_whole(samples, text[: next(later, len(text))])
+        metrics.touch()
+        records = _records(metrics.read_text(encoding="utf-8", errors="replace"))
+        write_whole(metrics, "".join(json.dumps(line) + "\n" for line in records if line["step"] <= step))
+        samples.touch()
+        text = samples.read_text(encoding="utf-8", errors="replace")
+        later = (m.start() for m in re.finditer(r"^=== step (\d+)$", text, re.MULTILINE) if int(m[1]) > step)
+        write_whole(samples, text[: next(later, len(text))])
 
     # --- checkpoints ------------------------------------------------------------------------------------------
 
