@@ -79,7 +79,7 @@ def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
 
 
 def scatter_add(total: Array, index: Array, values: Array) -> None:
-    """`total[index] += values` where a repeated index adds each of its values: total (V, C), index (N,), values (N, C)."""
+    """`total[index] += values`, each value of a repeated index too: total (V, C), index (N,), values (N, C)."""
     if device_of(total) == "cuda":
         cupy().add.at(total, index, values)
     elif index.size:

@@ -21,9 +21,9 @@ def gradcheck(
     """Compare the gradients of `fn(*inputs)` with central differences, in float64, element by element.
 
     Floating inputs (Tensors, arrays, lists) are copied to float64 and checked; everything else is passed on as it is.
-    `fn` returns a Tensor, or a tuple of them, and must be deterministic (seed dropout inside). Its outputs are contracted
-    with a *random* cotangent c before differentiating: with ones in place of c the input gradients of softmax and layer
-    norm vanish, and a backward that returns zeros would pass.
+    `fn` returns a Tensor, or a tuple of them, and must be deterministic (seed dropout inside). Its outputs are
+    contracted with a *random* cotangent c before differentiating: with ones in place of c the input gradients of
+    softmax and layer norm vanish, and a backward that returns zeros would pass.
 
     An element differs if |analytic - numeric| > atol + rtol * max(|analytic|, |numeric|); the step is
     eps * max(1, |x|). Raises GradcheckError that names the input, the index, both values and the relative error of the
@@ -88,6 +88,6 @@ def _compare(number: int, analytic: np.ndarray, numeric: np.ndarray, rtol: float
         worst = np.unravel_index(np.argmax(np.where(wrong, relative, -1)), wrong.shape)
         index = tuple(int(i) for i in worst)
         raise GradcheckError(
-            f"gradcheck: input {number}, index {index}: backward gives {analytic[index]:.8g}, finite differences give "
-            f"{numeric[index]:.8g} (relative error {relative[index]:.2g}; {wrong.sum()} of {wrong.size} elements differ)"
+            f"gradcheck: input {number}, index {index}: backward gives {analytic[index]:.8g}, finite differences "
+            f"give {numeric[index]:.8g} (relative error {relative[index]:.2g}; {wrong.sum()} of {wrong.size} elements differ)"
         )

@@ -4,9 +4,9 @@ So a dropout mask need not be stored (backward draws it again), a recomputed blo
 resumed run goes on with the same numbers. The generator is Philox (Salmon et al., 2011), which can start
 anywhere in its stream.
 
-Each thread has its own (seed, counter); `next_key()` hands out keys. Sample i of a batch takes its mask from its
-own place in the stream, so that a thread which works on samples 6..11 of a batch (`seed(..., first_sample=6)`) draws what a
-single thread would have drawn for them.
+Each thread has its own (seed, counter); `next_key()` hands out keys. Sample i of a batch takes its mask from its own
+place in the stream, so that a thread which works on samples 6..11 of a batch (`seed(..., first_sample=6)`) draws what
+a single thread would have drawn for them.
 """
 
 import threading

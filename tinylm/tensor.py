@@ -20,7 +20,7 @@ class Tensor:
     become float32, or `dtype`; arrays keep their dtype. A tensor of integers or booleans has no gradient.
     """
 
-    __slots__ = ("data", "grad", "op", "requires_grad", "slot", "__weakref__")
+    __slots__ = ("__weakref__", "data", "grad", "op", "requires_grad", "slot")
     __array_ufunc__ = None  # so that `array * tensor` asks the Tensor, instead of making an array of objects
     __hash__ = object.__hash__
 

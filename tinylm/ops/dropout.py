@@ -6,7 +6,7 @@ from ..autograd import Op
 
 
 def keep_mask(key: random.Key, shape: tuple[int, ...], p: float, like: Array) -> Array:
-    """1 / (1 - p) where an element is kept and 0 where it is dropped: the same for the same key, wherever it is asked."""
+    """1 / (1 - p) where an element is kept and 0 where it is dropped: the same whenever the key is the same."""
     kept = random.uniform(key, shape, like) >= p
     return kept.astype(like.dtype) * (1 / (1 - p))
 

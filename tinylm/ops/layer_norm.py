@@ -58,5 +58,5 @@ def row_dot(a, b):
 
 
 def layer_norm(x, weight, bias=None, eps: float = 1e-5):
-    """Normalise each row x (..., C) to mean 0 and variance 1, then scale by weight (C,) and shift by bias (C,) or None."""
+    """Bring each row of x (..., C) to mean 0 and variance 1, scale by weight (C,), shift by bias (C,) or None."""
     return LayerNorm.apply(x, weight, bias, eps=eps)

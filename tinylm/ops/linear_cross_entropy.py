@@ -1,4 +1,4 @@
-"""The output layer and the loss in one op, a piece of the rows at a time: the logits of all of them never exist at once."""
+"""The output layer and the loss in one op, a piece of the rows at a time: all the logits never exist at once."""
 
 import numpy as np
 
@@ -13,9 +13,9 @@ PIECE = 1 << 22  # logits at a time: 16 MiB of float32
 class LinearCrossEntropy(Op):
     """loss = mean or sum over n of log(sum_v exp(z_nv)) - z_n,t(n), with z = X W^T.
 
-    With G = softmax(z) - onehot(t):  dX = G W,  dW = G^T X.  Both need z, and z is (N, V): a gigabyte and more for a real
-    vocabulary. But they scale with the one number dloss, so forward computes them piece by piece while it has z at hand,
-    and backward multiplies. They are held in float32, so that a scaled float16 gradient loses nothing.
+    With G = softmax(z) - onehot(t):  dX = G W,  dW = G^T X.  Both need z, and z is (N, V): a gigabyte and more for a
+    real vocabulary. But they scale with the one number dloss, so forward computes them piece by piece while it has z at
+    hand, and backward multiplies. They are held in float32, so that a scaled float16 gradient loses nothing.
     """
 
     autocasts = True
