@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from tinylm import GPT, GPTConfig, cli, random
+from tinylm import GPT, GPTConfig, cli, fused, random
 from tinylm.array import keep_freed_memory, to_device
 from tinylm.corpus import open_tokens
 from tinylm.data import Vocabulary, fingerprint, language_reference, read_text, split
+from tinylm.diagnosis import Monitor
 from tinylm.files import writable_folder, write_whole
+from tinylm.parallel import available_cores
 from tinylm.plots import loss_curve
 from tinylm.runs import Run, read_metrics
 from tinylm.training import TrainConfig, TrainState, evaluate, train
@@ -62,12 +64,19 @@ def main() -> None:
     print(f"text        {len(tokens):,} characters, {len(vocabulary)} different; the last tenth is for validation")
     print(f"model       {model.num_parameters():,} parameters", flush=True)
     keep_freed_memory()
+    if args.device == "cpu":
+        fused.load(print)
+    monitor = Monitor()
+    for line in read_metrics(args.out) if state.step else ():
+        monitor.update(line)
     saved = state.step
     with cli.Progress(config.steps, state.step) as progress, cli.Stop() as stop, run.telling_last_good():
         for step in train(state, train_tokens, val_tokens):
             progress.show(step)
             with progress.disk_trouble("the metrics"):
-                run.record(step)
+                for line in run.record(step):
+                    for finding in monitor.update(line):
+                        progress.say(f"note: {finding}")
                 if step.val_loss is not None:
                     run.record_sample(step.step, sample(model, vocabulary, args, 200))
             due = args.save_every and step.step % args.save_every == 0
@@ -149,9 +158,11 @@ def options() -> cli.Parser:
         eval_every="steps between two validations; 0: only at the end",
         eval_tokens="validate on so many characters, from the start of the last tenth; 0: on all of it",
         early_stop="stop after so many validations without a better one; 0: never",
+        threads="threads that share each batch's sequences",
         dtype="of the activations: float32, or float16 with loss scaling (on a CPU: half the memory, but slower)",
         seed="of the initial weights, the batches, the dropout and the sample",
     )
+    parser.set_defaults(threads=available_cores())
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
 
     output = parser.add_argument_group("output")

@@ -19,6 +19,7 @@ import pytest
 from tinylm import GPTConfig, cli
 from tinylm.data import language_reference, read_text, split
 from tinylm.files import writable_folder, write_whole
+from tinylm.parallel import available_cores
 from tinylm.plots import loss_curve, smooth
 from tinylm.training import TrainConfig
 
@@ -143,6 +144,7 @@ def test_every_flag_reaches_the_run(text_file, tmp_path):
         "block_size": 8, "n_layer": 2, "n_head": 1, "n_embd": 12, "dropout": 0.25, "bias": False, "steps": 3,
         "batch_size": 6, "accumulate": 2, "lr": 0.002, "min_lr": 0.001, "warmup": 1, "beta1": 0.8, "beta2": 0.9,
         "weight_decay": 0.02, "clip": 0.5, "eval_every": 0, "eval_tokens": 9, "early_stop": 5, "seed": 7,
+        "recompute": 1, "dtype": "float16", "threads": 2,
     }  # fmt: skip
     assert set(given) == {f.name for c in (GPTConfig, TrainConfig) for f in fields(c)} - {"vocab_size"}
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if name != "bias"]
@@ -173,7 +175,13 @@ def test_help_shows_every_default(tmp_path):
     assert flags.pop("-h")
     defaults = {f.name: str(f.default) for c in (GPTConfig, TrainConfig) for f in fields(c) if f.name != "vocab_size"}
     defaults |= {"data": "Python's own language reference", "top_k": "all", "device": "cpu", "out": "runs/char"}
-    defaults |= {"sample_tokens": "500", "temperature": "0.8", "save_every": "250", "keep_last": "2"}
+    defaults |= {
+        "threads": str(available_cores()),
+        "sample_tokens": "500",
+        "temperature": "0.8",
+        "save_every": "250",
+        "keep_last": "2",
+    }
     shown = {flag[2:].replace("-", "_"): re.findall(r"\(default: (.*?)\)", about) for flag, about in flags.items()}
     assert shown.pop("resume") == shown.pop("overwrite") == []
     assert shown == {name: [default] for name, default in defaults.items()}
