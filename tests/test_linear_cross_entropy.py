@@ -124,7 +124,9 @@ def test_only_what_is_needed_has_a_gradient(device, piece, needs):
     hidden, weight, targets = problem()
     h = device.tensor(hidden, requires_grad=needs == "hidden")
     w = device.tensor(weight, requires_grad=needs == "weight")
-    fn(h, w, device.array(targets)).backward()
+    with reference_only(), track_memory() as m:
+        fn(h, w, device.array(targets)).backward()
+    assert m.peak_activations == 8 * (hidden.size if needs == "hidden" else weight.size)  # that gradient alone
     h_all, w_all = device.leaf(hidden), device.leaf(weight)
     two_ops(h_all, w_all, device.array(targets)).backward()
     got, expected, none = (h, h_all, w) if needs == "hidden" else (w, w_all, h)

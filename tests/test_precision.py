@@ -133,6 +133,7 @@ def test_autocast_nests_and_is_restored_after_errors():
         assert dtype_now() == np.float16
         with autocast("float32"):
             assert dtype_now() == np.float32
+            assert (Tensor([[1.0]], np.float64) @ Tensor([[1.0]], np.float64)).dtype == np.float64  # casts nothing
             with autocast(np.float16):
                 assert dtype_now() == np.float16
             assert dtype_now() == np.float32

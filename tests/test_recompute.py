@@ -219,6 +219,23 @@ def test_a_one_tuple_stays_a_tuple(device):
     assert_close(x.grad, [2.0, 40.0])
 
 
+def test_a_gradient_that_two_ops_share_is_not_added_to(device):
+    """h + k hands the same array to both."""
+
+    def build(call, net, x, y):
+        h, k = x * 2, y * 3
+        inside = call(net, h)
+        return inside * (h + k)
+
+    def shared(call, net, x, y):
+        h, k = x * 2, y * 3
+        inside = call(net, h)
+        return inside.sum() + (h + k).exp().sum()
+
+    assert_bitwise(device, build, (5, 6), (5, 6))
+    assert_bitwise(device, shared, (5, 6), (5, 6))
+
+
 def test_parameters_shared_by_several_checkpoints_accumulate(device):
     def build(call, net, x):
         y = call(net, x) + call(net, x * 2)
