@@ -3,8 +3,9 @@
     python benchmarks/train_step.py [--config S M] [--engine numpy numba mkl] [--compile] [--json FILE]
 
 All train in one process, one step of the one after one step of the other, so that a machine that slows down or is
-shared slows them all; the ratio of the medians is the figure to quote. Peak memory is that of a process of its own for each.
-A step is: forward, backward, clipping by the global norm, AdamW (foreach=True, PyTorch's fastest here), in float32.
+shared slows them all; the ratio of the medians is the figure to quote. Peak memory is that of a process of its own for
+each. A step is: forward, backward, clipping by the global norm, AdamW (foreach=True, PyTorch's fastest here), in
+float32.
 
 The engines: numpy is tinylm with nothing but NumPy, numba adds the compiled loops, mkl also MKL's matrix product.
 """

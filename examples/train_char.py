@@ -45,7 +45,9 @@ def main() -> None:
         random.seed(config.seed)
         model = GPT(cli.from_options(GPTConfig, args, vocab_size=len(vocabulary))).to(args.device)
         state = TrainState(model, config)
-        now = {"data": args.data, "device": args.device, **asdict(model.config), **asdict(config)}
+        use_mkl = "mkl" in before["engine"] if "engine" in before else None  # or the bits would differ
+        engine = fused.load(print, config.threads, use_mkl) if args.device == "cpu" else []
+        now = {"data": args.data, "device": args.device, "engine": engine, **asdict(model.config), **asdict(config)}
 
         if run.exists() and not (args.resume or args.overwrite):
             raise ValueError(
@@ -64,8 +66,6 @@ def main() -> None:
     print(f"text        {len(tokens):,} characters, {len(vocabulary)} different; the last tenth is for validation")
     print(f"model       {model.num_parameters():,} parameters", flush=True)
     keep_freed_memory()
-    if args.device == "cpu":
-        fused.load(print)
     monitor = Monitor()
     for line in read_metrics(args.out) if state.step else ():
         monitor.update(line)

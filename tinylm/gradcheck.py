@@ -89,5 +89,6 @@ def _compare(number: int, analytic: np.ndarray, numeric: np.ndarray, rtol: float
         index = tuple(int(i) for i in worst)
         raise GradcheckError(
             f"gradcheck: input {number}, index {index}: backward gives {analytic[index]:.8g}, finite differences "
-            f"give {numeric[index]:.8g} (relative error {relative[index]:.2g}; {wrong.sum()} of {wrong.size} elements differ)"
+            f"give {numeric[index]:.8g} (relative error {relative[index]:.2g}; {wrong.sum()} of {wrong.size} "
+            f"elements differ)"
         )

@@ -8,8 +8,10 @@ a replica of the model that shares the weights and has gradients of its own.
 import contextvars
 import copy
 import os
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
+from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -50,14 +52,15 @@ class Workers:
         if self.size > 1:
             from threadpoolctl import threadpool_limits
 
-            self._pool = ThreadPoolExecutor(self.size, "tinylm-worker")
+            self._threads = [_Thread() for _ in range(self.size)]
             self._limits = threadpool_limits(1, "blas")
         return self
 
     def __exit__(self, *error: Any) -> None:
         if self.size > 1:
             self._limits.restore_original_limits()
-            self._pool.shutdown()
+            for thread in self._threads:
+                thread.jobs.put(None)
 
     def run(self, work: Callable[[int], Result]) -> list[Result]:
         """[work(0), work(1), ...], each in a thread of its own, with the calling one's settings and randomness.
@@ -78,7 +81,7 @@ class Workers:
             return work(rank)
 
         # A copy of the context takes NumPy's errstate along.
-        futures = [self._pool.submit(contextvars.copy_context().run, call, rank) for rank in range(self.size)]
+        futures = [thread.submit(contextvars.copy_context(), call, rank) for rank, thread in enumerate(self._threads)]
         failures = [failure for future in futures if (failure := future.exception())]
         if failures:
             raise failures[0]
@@ -113,6 +116,29 @@ class Workers:
     def share(self, n: int, rank: int) -> slice:
         """Which of `n` items worker `rank` has: consecutive ones, as equal as can be."""
         return slice(n * rank // self.size, n * (rank + 1) // self.size)
+
+
+class _Thread(threading.Thread):
+    """Does one job after another. A daemon, unlike a ThreadPoolExecutor's: an impatient Ctrl-C does not wait for it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.jobs: SimpleQueue[Any] = SimpleQueue()
+        self.start()
+
+    def submit(self, *job: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        self.jobs.put((future, *job))
+        return future
+
+    def run(self) -> None:
+        while (job := self.jobs.get()) is not None:
+            future, context, call, rank = job
+            try:
+                future.set_result(context.run(call, rank))
+            except BaseException as error:
+                future.set_exception(error)
+            del job, future, context, call  # or they would live until the next job
 
 
 def replica(model: Module) -> Module:

@@ -1,7 +1,8 @@
 """Faster twins of ops, equal to the readable reference and used in its place once `load()` was called.
 
-On a CPU `load()` takes what is installed: loops compiled by numba (pip install "tinylm[fast]"), and MKL's matrix product
-where it is faster than NumPy's ("tinylm[mkl]"). Without them, and inside `with reference_only():`, the reference runs.
+On a CPU `load()` takes what is installed: loops compiled by numba (pip install "tinylm[fast]"), and MKL's matrix
+product where it is faster than NumPy's ("tinylm[mkl]"). Without them, and inside `with reference_only():`, the
+reference runs.
 """
 
 import sys
@@ -14,12 +15,15 @@ from . import mkl
 
 
 def load(
-    tell: Callable[[str], None] = lambda message: print(message, file=sys.stderr), threads: int | None = None
+    tell: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
+    threads: int | None = None,
+    use_mkl: bool | None = None,
 ) -> list[str]:
     """Put the twins in force, in every thread; returns which: 'numba', 'mkl', both or neither.
 
-    The first time on a machine numba compiles its loops, which is told; afterwards they come from the disk. Without numba
-    it tells what to install. Whether MKL pays may depend on `threads`, the workers of the training (default: the cores).
+    The first time on a machine numba compiles its loops, which is told; afterwards they come from the disk. Without
+    numba it tells what to install. Whether MKL pays is found out by a race, beside `threads` workers (default: the
+    cores); a run that goes on must go on as it began, and says so by `use_mkl`.
     """
     loaded = []
     first = "tinylm.fused.cpu" not in sys.modules
@@ -31,11 +35,12 @@ def load(
         if first and not _compiled(Path(cpu.kernels.gelu.stats.cache_path)):
             tell("compiling the fused loops, once; this takes some seconds")
         loaded.append("numba")
-    if registry.kernel("sgemm") is None and (library := mkl.find()):
+    if use_mkl is not False and (library := mkl.find()):
         sgemm = mkl.Sgemm(library)
-        if sgemm.pays(threads or available_cores()):
+        if use_mkl or sgemm.pays(threads or available_cores()):
             registry.register_kernel("sgemm", sgemm)
-    return [*loaded, "mkl"] if registry.kernel("sgemm") else loaded
+            loaded.append("mkl")
+    return loaded
 
 
 def _compiled(folder: Path) -> bool:

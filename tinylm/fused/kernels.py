@@ -111,7 +111,7 @@ def layer_norm_backward(dy, xhat, rstd, weight, dx, dweight, dbias):
 
 @kernel
 def causal_softmax(scores, queries, scale):
-    """In place: scores (rows, keys) -> probabilities. Rows come in blocks of `queries`, the last of which sees every key."""
+    """In place: scores (rows, keys) -> probabilities. Rows come in blocks of `queries`; the last one sees every key."""
     rows, keys = scores.shape
     for r in range(rows):
         seen = keys - queries + r % queries + 1

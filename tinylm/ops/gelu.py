@@ -12,7 +12,9 @@ B = A * 0.044715
 
 
 class Gelu(Op):
-    """y = x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3).  That is x * s with s = sigmoid(2u), 2u = A x + B x^3.
+    """y = x/2 (1 + tanh(u)) with u = sqrt(2/pi) (x + 0.044715 x^3).
+
+    That is x * s with s = sigmoid(2u) and 2u = A x + B x^3.
 
     dy/dx = s + y (1 - s) d(2u)/dx with d(2u)/dx = A + 3 B x^2.  forward has s at hand, so it computes this slope at
     once and saves it alone.
