@@ -2,6 +2,8 @@
 
 By default those are "cpu" (NumPy) and "strict" (the stand-in for CuPy of `strict_cupy.py`, no GPU needed); with
 `--device cuda` it is "cuda" (CuPy itself), with `--device cpu` NumPy alone.
+
+`pytest --fused` puts the fused CPU twins in force for all tests; without it, only for those that ask for `twins`.
 """
 
 import os
@@ -12,7 +14,7 @@ import pytest
 import strict_cupy
 from helpers import Device
 
-from tinylm import random
+from tinylm import fused, random, registry
 
 # The same examples in every run, and no time limit on one: a test that fails has found something.
 hypothesis.settings.register_profile(
@@ -28,6 +30,7 @@ hypothesis.settings.load_profile("tinylm")
 
 def pytest_addoption(parser):
     parser.addoption("--device", choices=("cpu", "cuda"), help="run the tests of ops and layers on this device alone")
+    parser.addoption("--fused", action="store_true", help="run all tests with the fused CPU twins (needs numba)")
 
 
 def pytest_configure(config):
@@ -38,6 +41,8 @@ def pytest_configure(config):
             cupy.zeros(1)
         except Exception as error:
             raise pytest.UsageError(f"--device cuda: CuPy does not answer: {error}") from None
+    if config.getoption("--fused") and "numba" not in fused.load(lambda message: None):
+        raise pytest.UsageError('--fused needs numba: pip install "tinylm[fast]"')
 
 
 def pytest_generate_tests(metafunc):
@@ -65,3 +70,28 @@ def strict_cupy_module(monkeypatch):
     """The stand-in for CuPy in force, where a test needs both devices at once."""
     monkeypatch.setitem(sys.modules, "cupy", strict_cupy.module)
     return strict_cupy.module
+
+
+@pytest.fixture(scope="session")
+def _loaded():
+    """What importing the twins registers, taken out of the registry again."""
+    before = _registered()
+    try:
+        from tinylm.fused import cpu  # noqa: F401
+    except ImportError as error:
+        pytest.skip(f'the fused twins need numba, pip install "tinylm[fast]": {error}')
+    loaded = _registered()
+    registry._twins, registry._kernels = before
+    return loaded
+
+
+def _registered():
+    return {op: list(twins) for op, twins in registry._twins.items()}, dict(registry._kernels)
+
+
+@pytest.fixture
+def twins(_loaded, monkeypatch):
+    """The fused twins in force, for this test alone; without MKL's product."""
+    loaded_twins, loaded_kernels = _loaded
+    monkeypatch.setattr(registry, "_twins", {op: list(twins) for op, twins in loaded_twins.items()})
+    monkeypatch.setattr(registry, "_kernels", {"adamw": loaded_kernels["adamw"]})

@@ -64,15 +64,15 @@ class Sgemm:
         memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tinylm", "mkl.json")
         race = f"{self.library} {platform.node()} NumPy {np.__version__} {'many' if workers > 1 else 'one'}"
         try:
-            known = json.loads(memory.read_text())
-            return bool(known[race])
-        except (OSError, ValueError, KeyError, TypeError):
+            known = dict(json.loads(memory.read_text()))
+        except (OSError, ValueError, TypeError):
             known = {}
-        known[race] = self._wins(workers)
-        with suppress(OSError):
-            memory.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(memory, json.dumps(known))
-        return known[race]
+        if race not in known:
+            known[race] = self._wins(workers)
+            with suppress(OSError):
+                memory.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(memory, json.dumps(known))
+        return bool(known[race])
 
     def _wins(self, workers: int) -> bool:
         """The race. With several workers each has one BLAS thread, and what counts is the time on the processor."""
