@@ -70,7 +70,7 @@ def main() -> None:
     for line in read_metrics(args.out) if state.step else ():
         monitor.update(line)
     saved = state.step
-    with cli.Progress(config.steps, state.step) as progress, cli.Stop() as stop, run.telling_last_good():
+    with cli.Progress(config.steps, state.step) as progress, cli.Stop() as stop, run.telling_last_good(state):
         for step in train(state, train_tokens, val_tokens):
             progress.show(step)
             with progress.disk_trouble("the metrics"):

@@ -679,9 +679,13 @@ def test_a_bad_state_takes_the_place_of_no_good_one(spoil, message, saved):
     good = re.escape(str(saved / "checkpoints" / "step-00000003"))
     with (
         pytest.raises(FloatingPointError, match=rf"^step 4: .*; {message}.*; the last good checkpoint is {good}$"),
-        run.telling_last_good(),
+        run.telling_last_good(state),
     ):
         save(run, state, keep_last=1)
+    # The checkpoints are as they were; the metrics say what happened.
+    metrics = read_metrics(saved)
+    assert metrics.pop() == {"step": state.step + 1, "loss": None, "grad_norm": None}
+    (saved / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     assert contents(saved) == before
     assert state.model.training
 
@@ -700,7 +704,7 @@ def test_saving_changes_nothing_in_the_run(tmp_path):
 def test_without_a_checkpoint_a_bad_run_says_there_is_none(tmp_path):
     with (
         pytest.raises(FloatingPointError, match=r"^the loss; there is no checkpoint yet$"),
-        Run(tmp_path).telling_last_good(),
+        Run(tmp_path).telling_last_good(TrainState(make().model, TrainConfig())),
     ):
         raise FloatingPointError("the loss")
 

@@ -294,11 +294,18 @@ class Run:
         self._forget_after(state.step)
 
     @contextmanager
-    def telling_last_good(self) -> Iterator[None]:
-        """Inside, the FloatingPointError of a run that went bad also says which checkpoint is good."""
+    def telling_last_good(self, state: TrainState) -> Iterator[None]:
+        """Inside, the FloatingPointError of a run that went bad also says which checkpoint is good.
+
+        The metrics end with a line whose loss is null, for the report to see what happened.
+        """
         try:
             yield
         except FloatingPointError as error:
+            with suppress(OSError):
+                self._append(
+                    "metrics.jsonl", json.dumps({"step": state.step + 1, "loss": None, "grad_norm": None}) + "\n"
+                )
             saved = self.checkpoints()
             good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
             raise FloatingPointError(f"{error}; {good}") from None
