@@ -1,0 +1,77 @@
+"""What the benchmarks share: the rival's model, timing in turn, the table, the JSON file."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # for torch_gpt, the same model in PyTorch
+
+import tinylm
+import tinylm.fused
+
+ENGINES = ("numpy", "fused")  # tinylm with nothing but NumPy; with the twins that are installed here
+
+
+def parser(doc: str) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes; its description is the first line of `doc`."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny settings, to see that it runs; the figures say little"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    return parser
+
+
+def engine(name: str) -> AbstractContextManager[None]:
+    """Inside, tinylm computes with this engine."""
+    if name == "numpy":
+        return tinylm.reference_only()
+    tinylm.fused.load()
+    return nullcontext()
+
+
+def in_turn(
+    runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1, clock: Callable[[], float] = perf_counter
+) -> dict[str, list[float]]:
+    """The seconds that each of `runs` took in each of `rounds`, after rounds that do not count.
+
+    One after the other, again and again: a machine that slows down or is shared slows all of them.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(warmup + rounds):
+        for name, run in runs.items():
+            started = clock()
+            run()
+            seconds[name].append(clock() - started)
+    return {name: times[warmup:] for name, times in seconds.items()}
+
+
+class Table:
+    """Rows printed as they come, under `columns`: (title, format) of each key of a row."""
+
+    def __init__(self, columns: dict[str, tuple[str, str]]):
+        self.columns = columns
+        self.rows: list[dict[str, Any]] = []
+        print("  ".join(f"{title:>{self._width(key)}}" for key, (title, _) in columns.items()), flush=True)
+
+    def _width(self, key: str) -> int:
+        return max(7, len(self.columns[key][0]))
+
+    def row(self, **values: Any) -> None:
+        """Print a row, and keep all of its values, those without a column too."""
+        self.rows.append(values)
+        cells = (f"{values[key]:{form}}" for key, (_, form) in self.columns.items())
+        print(
+            "  ".join(f"{cell:>{self._width(key)}}" for key, cell in zip(self.columns, cells, strict=True)), flush=True
+        )
+
+
+def save(path: Path | None, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the rows as JSON, if there is a path."""
+    if path:
+        path.write_text(json.dumps(rows, indent=1) + "\n")

@@ -1,0 +1,128 @@
+"""The benchmarks run, from the root of the repository, and count what they say. None of their times is tested."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch_gpt import from_tinylm
+
+from tinylm import GPT, GPTConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+
+def run(script, *arguments):
+    """Run a script in a process of its own, where it may load twins; returns what it printed."""
+    command = [sys.executable, f"benchmarks/{script}.py", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+QUICK = {
+    "overhead": ["--quick"],
+    "scaling": ["--quick", "--threads", 1],
+    "generation": ["--quick", "--config", "S", "--batch", 1, 3],
+    "breakdown": ["--quick", "--config", "S"],
+}
+
+
+@pytest.mark.parametrize("script", QUICK)
+def test_a_benchmark_runs_and_writes_its_table(script, tmp_path):
+    printed = run(script, *QUICK[script], "--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(printed.splitlines()) > len(rows) > 1
+    numbers = [x for row in rows for x in row.values() if isinstance(x, float)]
+    assert numbers
+    assert all(map(math.isfinite, numbers))
+
+
+@pytest.mark.slow
+def test_the_training_step_runs_and_writes_its_table(tmp_path):
+    arguments = ["--config", "S", "--engine", "numpy", "--steps", 1, "--threads", 1]
+    run("train_step", *arguments, "--json", tmp_path / "rows.json")
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["loss_difference"] < 1e-3
+
+
+def test_runs_are_timed_in_turn_and_the_first_rounds_do_not_count():
+    from common import in_turn
+
+    order = []
+    ticks = iter(range(100))
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = in_turn(runs, rounds=2, warmup=1, clock=lambda: next(ticks))
+    assert "".join(order) == "ababab"
+    assert times == {"a": [1, 1], "b": [1, 1]}
+
+
+def test_the_model_needs_the_flops_that_are_counted():
+    """Each weight multiplies and adds once forward and twice backward; so does each query with each key it has."""
+    from scaling import flops_a_token
+
+    config = GPTConfig(vocab_size=11, block_size=5, n_layer=3, n_head=2, n_embd=8)
+    V, T, L, C = 11, 5, 3, 8
+    matrices = L * (3 * C * C + C * C + 4 * C * C + 4 * C * C) + V * C
+    vectors = L * (2 * 2 * C + 3 * C + C + 4 * C + C) + 2 * C
+    queries_and_keys = sum(t + 1 for t in range(T))
+    for pairs, causal in ((queries_and_keys, True), (T * T, False)):
+        attention = 3 * L * 2 * (2 * C * pairs) / T  # forward and twice backward; scores and sums of values
+        assert flops_a_token(config, causal) == 3 * 2 * (matrices + vectors) + attention
+
+
+def test_generation_is_compared_with_what_pytorch_says_without_a_cache():
+    from generation import Cached, check
+
+    model = GPT(GPTConfig(vocab_size=11, block_size=12, n_layer=2, n_head=2, n_embd=8))
+    model.eval()
+    prompts = np.arange(6).reshape(2, 3)
+    ours = model.generate(prompts, 8, temperature=0)
+    twin = from_tinylm(model)
+    cached = Cached(twin, model.config, 2)
+    import torch
+
+    theirs = cached.generate(torch.from_numpy(prompts), 8).numpy()
+    check(ours, theirs, twin)
+    np.testing.assert_array_equal(ours, theirs)
+    wrong = theirs.copy()
+    wrong[1, 7] = (wrong[1, 7] + 1) % 11
+    with pytest.raises(SystemExit, match="the tokens differ from 7 on"):
+        check(wrong, theirs, twin)
+
+
+def test_the_stopwatch_counts_every_op_once_and_leaves_them_as_they_were():
+    from breakdown import Stopwatch, part_of
+
+    from tinylm.ops.matmul import Linear
+    from tinylm.ops.softmax import Softmax
+
+    class Twin(Softmax):
+        def forward(self, x):
+            return super().forward(x)
+
+        def backward(self, dy):
+            return super().backward(dy)
+
+    halves = Linear.forward, Linear.backward
+    model = GPT(GPTConfig(vocab_size=11, block_size=4, n_layer=1, n_head=2, n_embd=8))
+    ids = np.arange(4).reshape(1, 4)
+    watch = Stopwatch()
+    with watch.watch_ops():
+        model.loss(ids, ids).backward()
+        Twin.apply(model.transformer.wte.weight, axis=-1)
+        assert not watch.running
+    assert (Linear.forward, Linear.backward) == halves
+    ops = {"Add", "CausalAttention", "Embedding", "Gelu", "LayerNorm", "Linear", "LinearCrossEntropy", "Softmax"}
+    assert watch.seconds.keys() == ops | {"Reshape", "Split", "Transpose"}
+    assert {part_of(op) for op in ops} == {"matmul", "attention", "output layer and loss", "element-wise"}
