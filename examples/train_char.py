@@ -39,6 +39,8 @@ def main() -> None:
         parser.set_defaults(**{name: value for name, value in before.items() if name in args})
         args = parser.parse_args()
 
+        if args.device == "cuda":
+            args.threads = 1  # a GPU is one worker
         config = cli.from_options(TrainConfig, args)
         tokens, vocabulary, data = read_data(args.data)
         train_tokens, val_tokens = split(tokens, block_size=args.block_size)
