@@ -166,6 +166,13 @@ def test_every_output_of_a_split_goes_to_its_own_place():
     np.testing.assert_array_equal(a.grad, [3, 3, 0, 0, 5, 5])
 
 
+def test_the_outputs_of_a_split_may_differ_in_shape():
+    a = leaf(6)
+    first, second, third = a.split([1, 3])
+    ((first * 2).sum() + (second * 3).sum() + (third * 5).sum()).backward()
+    np.testing.assert_array_equal(a.grad, [2, 3, 3, 5, 5, 5])
+
+
 # --- deep graphs --------------------------------------------------------------------------------------------------
 
 
@@ -250,6 +257,27 @@ def test_a_gradient_that_is_a_view_of_another_is_not_added_to():
     np.testing.assert_array_equal(a.grad, np.full((2, 2), 6.0))
     np.testing.assert_array_equal(b.grad, np.ones((2, 2)))
     assert not np.shares_memory(a.grad, b.grad)
+
+
+def test_a_fresh_gradient_is_kept_and_added_to_without_a_copy():
+    returned = []
+
+    class Watched(Op):
+        def forward(self, x):
+            return x + 0.0
+
+        def backward(self, dy):
+            returned.append((dy, dy * 2.0))
+            return returned[-1][1]
+
+    a = leaf(3)
+    h = Watched.apply(a)
+    (Watched.apply(h) + Watched.apply(h)).sum().backward()
+    (_, first), (_, second), (summed, last) = returned
+    assert summed is first  # the second one's gradient was added to it
+    assert summed is not second
+    assert a.grad is last
+    np.testing.assert_array_equal(a.grad, [8, 8, 8])
 
 
 def test_inputs_and_saved_arrays_are_not_changed_by_backward():
