@@ -93,7 +93,9 @@ def check(fn, *inputs, layout=np.array, tolerance=FLOAT32):
     shape=st.one_of(shapes(max_side=9), SIDES.map(lambda n: (n,))), layout=LAYOUTS, scale=st.sampled_from([0.1, 1, 5])
 )
 def test_gelu_is_its_reference(twins, shape, layout, scale):
-    check(ops.gelu, scale * normal(*shape), layout=lambda x: laid_out(x, layout))
+    check(
+        ops.gelu, scale * normal(*shape), layout=lambda x: laid_out(x, layout), tolerance={"rtol": 3e-6, "atol": 3e-6}
+    )
 
 
 @given(
@@ -349,7 +351,7 @@ def test_the_exponential_is_precise_all_the_way_down(twins):
     for scale in (1.0, 0.5):
         p = (x / f32(scale))[None].copy()
         kernels.causal_softmax(p, 1, f32(scale))
-        assert_close(p[0] / p[0, 0], np.exp(x.astype(np.float64)), rtol=5e-7)
+        assert_close(p[0] / p[0, 0], np.exp(x.astype(np.float64)), rtol=3.5e-7)
     p = np.array([[0, -86, -88, -104, -1e30, -np.inf]], f32)
     kernels.causal_softmax(p, 1, f32(1))
     assert (p[0, 2:] == 0).all()
@@ -806,8 +808,8 @@ class Timed(mkl.Sgemm):
 
     def __call__(self, a, b):
         self.calls.append(blas_threads())
-        until = time.perf_counter() + self.seconds
-        while time.perf_counter() < until:
+        until = time.thread_time() + self.seconds
+        while time.thread_time() < until:
             pass
 
 
