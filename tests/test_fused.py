@@ -719,7 +719,7 @@ def matrices(draw, shape):
     """A float32 matrix of this shape, somehow in memory; what lies beside it is NaN."""
     (rows, columns), kind = (
         shape,
-        draw(st.sampled_from(["C", "F", "part", "part.T", "steps", "backwards", "stretched"])),
+        draw(st.sampled_from(["C", "F", "part", "part.T", "steps", "backwards", "stretched", "odd"])),
     )
     x = normal(*shape, seed=draw(st.integers(0, 3))).astype(f32)
     if kind in ("part", "part.T"):
@@ -733,6 +733,10 @@ def matrices(draw, shape):
         return around[::2, ::3]
     if kind == "backwards":
         return np.ascontiguousarray(x[::-1])[::-1]
+    if kind == "odd":  # rows that do not begin at a multiple of four bytes
+        records = np.zeros(rows, [("row", f32, (columns,)), ("one byte more", np.uint8)])
+        records["row"] = x
+        return records["row"]
     if kind == "stretched":
         return np.broadcast_to(x[:1], shape) if draw(st.booleans()) else np.broadcast_to(x[:, :1], shape)
     return np.array(x, order=kind)

@@ -88,7 +88,7 @@ def test_the_gradient_is_that_of_one_thread(case, threads):
     sizes, config = split_case(case)
     for dtype, tolerance in ((np.float64, 1e-13), (np.float32, 1e-5)):
         model = make(dtype, **sizes)
-        loss, expected = gradient(model, **config)
+        loss, expected = gradient(model, batch_size=config["batch_size"])  # at once
         several_loss, got = gradient(model, threads=threads, **config)
         assert math.isclose(loss, several_loss, rel_tol=tolerance)  # with dropout: the masks are the same
         assert got.dtype == dtype

@@ -10,7 +10,7 @@ import copy
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -82,9 +82,7 @@ class Workers:
 
         # A copy of the context takes NumPy's errstate along.
         futures = [thread.submit(contextvars.copy_context(), call, rank) for rank, thread in enumerate(self._threads)]
-        failures = [failure for future in futures if (failure := future.exception())]
-        if failures:
-            raise failures[0]
+        wait(futures)
         return [future.result() for future in futures]
 
     def gradient(self, work: Callable[[int, Any], Result]) -> list[Result]:
