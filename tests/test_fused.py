@@ -103,10 +103,8 @@ def test_gelu_is_its_reference(twins, shape, layout, scale):
 @example(lead=(200,), C=129, bias=True, eps=1e-5)
 def test_layer_norm_is_its_reference(twins, lead, C, bias, layout, eps):
     inputs = [3 * normal(*lead, C) + 1, positive(C), *([normal(C, seed=1)] if bias else [])]
-    # Two or three numbers may nearly be equal: then rstd magnifies what is rounded away, by up to 1/sqrt(eps).
-    tolerance = {"rtol": 2e-5, "atol": 2e-5 if C > 3 else 2e-4}
-    norm = lambda x, *wb: ops.layer_norm(x, *wb, eps=eps)  # noqa: E731
-    check(norm, *inputs, layout=lambda x: laid_out(x, layout), tolerance=tolerance)
+    eps = eps if C > 3 else 0.1  # two or three numbers may nearly be equal: what is rounded away grows by 1/sqrt(eps)
+    check(lambda x, *wb: ops.layer_norm(x, *wb, eps=eps), *inputs, layout=lambda x: laid_out(x, layout))
 
 
 @given(
