@@ -848,6 +848,16 @@ def test_the_slower_product_loses(timed):
     assert (timed.pays(2), timed.pays(1)) == (False, True)
 
 
+def test_the_race_is_run_anew_where_numpy_has_other_threads(timed):
+    for threads in (1, 2):
+        with threadpool_limits(threads, "blas"):
+            if blas_threads() != {threads}:
+                pytest.skip("NumPy's BLAS is not OpenBLAS with threads")
+            timed.calls.clear()
+            timed.pays(1)
+            assert timed.calls
+
+
 def test_a_memory_that_cannot_be_read_or_written_is_no_trouble(timed, tmp_path, monkeypatch):
     timed.pays(2)
     (memory,) = (path for path in tmp_path.rglob("*") if path.is_file())

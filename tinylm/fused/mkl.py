@@ -61,8 +61,11 @@ class Sgemm:
         Found out once, by a race of some 100 ms, and remembered in the user's cache folder: two runs of one seed must
         not differ because one of them found the machine busy.
         """
+        from threadpoolctl import threadpool_info
+
+        threads = 1 if workers > 1 else max((pool["num_threads"] for pool in threadpool_info()), default=1)
         memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tinylm", "mkl.json")
-        race = f"{self.library} {platform.node()} NumPy {np.__version__} {'many' if workers > 1 else 'one'}"
+        race = f"{self.library} {platform.node()} NumPy {np.__version__} {min(workers, 2)} x {threads}"
         try:
             known = dict(json.loads(memory.read_text()))
         except (OSError, ValueError, TypeError):
