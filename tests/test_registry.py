@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tinylm import Op, no_grad, ops, override, reference_only, registry, tensor
-from tinylm.registry import fused
 from tinylm.ops.softmax import Softmax
+from tinylm.registry import fused
 
 
 class Triple(Op):
