@@ -48,7 +48,8 @@ def main() -> None:
         model = GPT(cli.from_options(GPTConfig, args, vocab_size=len(vocabulary))).to(args.device)
         state = TrainState(model, config)
         use_mkl = "mkl" in before["engine"] if "engine" in before else None  # or the bits would differ
-        engine = fused.load(print, config.threads, use_mkl) if args.device == "cpu" else []
+        notes: list[str] = []
+        engine = fused.load(notes.append, config.threads, use_mkl) if args.device == "cpu" else []
         now = {"data": args.data, "device": args.device, "engine": engine, **asdict(model.config), **asdict(config)}
 
         if run.exists() and not (args.resume or args.overwrite):
@@ -66,7 +67,8 @@ def main() -> None:
             run.start(now)
 
     print(f"text        {len(tokens):,} characters, {len(vocabulary)} different; the last tenth is for validation")
-    print(f"model       {model.num_parameters():,} parameters", flush=True)
+    print(f"model       {model.num_parameters():,} parameters")
+    print(f"engine      {', '.join(['NumPy', *engine])}", *notes, sep="\n", flush=True)
     keep_freed_memory()
     monitor = Monitor()
     for line in read_metrics(args.out) if state.step else ():

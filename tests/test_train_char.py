@@ -90,7 +90,7 @@ def test_a_run_tells_and_writes_what_it_did(short_run):
     C, V, T = 16, len(set(TEXT)), 16
     assert summary["parameters"] == (V + T) * C + 12 * C * C + 13 * C + 2 * C
     shown = {"data", "device", *(f.name for f in fields(GPTConfig)), *(f.name for f in fields(TrainConfig))}
-    assert set(summary["config"]) == shown
+    assert set(summary["config"]) == shown | {"engine"}
     assert summary["config"]["n_embd"] == 16
     assert summary["config"]["vocab_size"] == V
     assert summary["config"]["lr"] == TrainConfig.lr
