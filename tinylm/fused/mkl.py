@@ -63,7 +63,8 @@ class Sgemm:
         """
         from threadpoolctl import threadpool_info
 
-        threads = 1 if workers > 1 else max((pool["num_threads"] for pool in threadpool_info()), default=1)
+        pools = [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+        threads = 1 if workers > 1 else max(pools, default=1)
         memory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "tinylm", "mkl.json")
         race = f"{self.library} {platform.node()} NumPy {np.__version__} {min(workers, 2)} x {threads}"
         try:
