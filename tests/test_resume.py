@@ -467,13 +467,22 @@ def killed_at_random_moments(main, arguments, kills, seed):
     """Lives of the run in o/, each ended by SIGKILL at a random moment; what was found after each death."""
     chance = random.Random(seed)
     found = []
-    for _ in range(kills):
+    for life in range(kills):
         pid = live(main, arguments)
+
+        def alive(pid=pid):
+            return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
         # Some steps further, so that the run gets on; or at once, while it is still beginning.
         goal = newest_sound("o") + chance.choice([0, 1, 2, 3, 4])
-        while last_step(Path("o")) < goal and os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        while last_step(Path("o")) < goal and alive():
             time.sleep(0.001)
-        time.sleep(chance.uniform(0, 0.06))
+        if life % 2:
+            time.sleep(chance.uniform(0, 0.06))
+        else:  # inside a save, however short it is on this machine
+            while not saving() and alive():
+                pass
+            time.sleep(chance.uniform(0, 0.001))
         os.kill(pid, signal.SIGKILL)
         found.append(autopsy(pid))
     return found
@@ -490,8 +499,13 @@ def autopsy(pid):
         "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
         "recorded": last_step(Path("o")),
         "newest sound": newest_sound("o"),
-        "while saving": bool(list(Path("o").glob("checkpoints/.step-*"))),
+        "while saving": saving(),
     }
+
+
+def saving():
+    """Whether a checkpoint is being written, or was when the process died."""
+    return any(Path("o").glob("checkpoints/.step-*"))
 
 
 def newest_sound(folder):
