@@ -1,98 +1,171 @@
-"""Which class implements an op: the reference, a faster twin, or a student's version.
+"""Which implementation runs: a student's version, a faster twin, or the reference.
 
-One mechanism for all three. `Op.apply` asks `implementation(...)`; a replacement is a subclass of the op
-that replaces both `forward` and `backward`, so that what one saves is what the other expects.
+One mechanism for all. `Op.apply`, and each function declared `@replaceable`, asks `implementation(...)`, which answers
+with the `override` in force, or the first twin of the engines in force that supports the inputs, or the reference.
+
+An engine is a name. "composed" builds an op out of smaller ones (composed.py); "blocked", "numba" and "mkl" are faster
+(fused/). After `import tinylm` none is in force: what runs is the page that you read.
 """
 
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
+from functools import wraps
 from typing import TYPE_CHECKING, Any
+
+from .settings import Block, Settings, current
 
 if TYPE_CHECKING:
     from .autograd import Op
 
-
-class _ThreadState(threading.local):
-    twins_on = True
-
-
-_state = _ThreadState()
-_twins: dict[type["Op"], list[type["Op"]]] = {}
-_overrides: dict[type["Op"], type["Op"]] = {}
+_twins: dict[Any, dict[str, list[Any]]] = {}  # op or function -> engine -> its twins, the newest first
+_default: tuple[str, ...] = ()  # the engines in force where no block says otherwise
 
 
-def implementation(op: type["Op"], arrays: list[Any], params: dict[str, Any]) -> type["Op"]:
-    """The class to run for `op`: an override, or else the newest twin that supports these inputs, or else `op`."""
-    if op in _overrides:
-        return _overrides[op]
-    twins = _twins.get(op)
-    if twins and _state.twins_on:
-        for twin in reversed(twins):
-            if twin.supports(*arrays, **params):
-                return twin
-    return op
+def implementation(target: Any, record: Settings, args: Any, params: dict[str, Any]) -> Any:
+    """What runs for `target` (an op, or a function's reference) on these arguments."""
+    if record.overrides:
+        for other in record.overrides.values():
+            other.saw(target)
+        if target in record.overrides:
+            return record.overrides[target].replacement
+    twins = _twins.get(target)
+    if twins:
+        for engine in _default if record.engines is None else record.engines:
+            for twin in twins.get(engine, ()):
+                if twin.supports(*args, **params):
+                    return twin
+    return target
 
 
-_kernels: dict[str, Callable[..., Any]] = {}  # fused loops that are no op: the optimizer's, the matrix product
+def replaceable(function: Callable[..., Any]) -> Any:
+    """Decorator: `function` may have twins and may be overridden, as an op may."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        chosen = implementation(call, current(), args, kwargs)
+        return (function if chosen is call else chosen)(*args, **kwargs)
+
+    call.supports = _always  # type: ignore[attr-defined]
+    return call
 
 
-def kernel(name: str) -> Callable[..., Any] | None:
-    """The fused loop of this name, or None where there is none or this thread does not use twins."""
-    return _kernels.get(name) if _state.twins_on else None
+def fused(target: Any, engine: str, supports: Callable[..., bool] | None = None) -> Callable[[Any], Any]:
+    """Decorator: register a twin of `target`, an op or a replaceable function, as part of `engine`.
 
+    A twin of an op is a subclass of it that replaces both forward and backward, or neither (only a helper); its
+    classmethod `supports(*arrays, **params)` says for which inputs it runs. Engine "composed" has functions of Tensors
+    instead. A twin of a function is a function, and `supports` is given here.
+    """
 
-def register_kernel(name: str, function: Callable[..., Any]) -> None:
-    """Put a fused loop in force under this name."""
-    _kernels[name] = function
-
-
-def fused(op: type["Op"]) -> Callable[[type["Op"]], type["Op"]]:
-    """Class decorator: register a faster twin of `op`, used for the inputs its `supports` accepts."""
-
-    def register(twin: type["Op"]) -> type["Op"]:
-        _check(op, twin)
-        _twins.setdefault(op, []).append(twin)
+    def register(twin: Any) -> Any:
+        if isinstance(target, type) and isinstance(twin, type):
+            check(target, twin)
+        else:
+            twin.supports = supports or _always
+        _twins.setdefault(target, {}).setdefault(engine, []).insert(0, twin)
         return twin
 
     return register
 
 
-def twins_on() -> bool:
-    """Whether this thread uses twins."""
-    return _state.twins_on
+def _always(*args: Any, **params: Any) -> bool:
+    return True
 
 
-def use_twins(on: bool) -> None:
-    """Let this thread use twins, or not."""
-    _state.twins_on = on
+def engines(*names: str) -> Block:
+    """Context manager: put these engines in force, the first first, and no others. `engines()` is none of them.
+
+    Raises ValueError for an engine of which nothing is registered: load it first (`fused.load("numba")`).
+    """
+    _known(names)
+    return Block(engines=names)
 
 
-@contextmanager
-def reference_only() -> Iterator[None]:
-    """Run this thread's ops by their readable reference, never by a fused twin."""
-    before, _state.twins_on = _state.twins_on, False
-    try:
-        yield
-    finally:
-        _state.twins_on = before
+def reference_only() -> Block:
+    """Context manager: run the readable reference of every op and function, and no twin."""
+    return engines()
 
 
-@contextmanager
-def override(op: type["Op"], replacement: type["Op"]) -> Iterator[None]:
-    """Put `replacement` in force for `op` everywhere, in every thread, until the block ends."""
-    _check(op, replacement)
-    before = _overrides.get(op)
-    _overrides[op] = replacement
-    try:
-        yield
-    finally:
-        if before is None:
-            del _overrides[op]
+def engines_in_force() -> tuple[str, ...]:
+    """The names of the engines in force in this context."""
+    record = current()
+    return _default if record.engines is None else record.engines
+
+
+def set_default_engines(*names: str) -> None:
+    """The engines in force, from now on, wherever no block says otherwise: in every thread."""
+    global _default
+    _known(names)
+    _default = names
+
+
+def _known(names: tuple[str, ...]) -> None:
+    known = {engine for twins in _twins.values() for engine in twins}
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(
+            f"engine {missing[0]!r} is not loaded (loaded: {', '.join(sorted(known))}); fused.load() loads what is installed"
+        )
+
+
+class override(Block):
+    """Context manager: put `replacement` in force for `target`, an op or a replaceable function.
+
+        with override(Softmax, MySoftmax) as mine:
+            ...
+        print(mine.forward_calls, mine.backward_calls)
+
+    The replacement of an op is a subclass of it that replaces both forward and backward, or neither; that of a function
+    is a function. It goes before every engine, and reaches workers and recomputation. A block that ends without an
+    error and in which the replacement was never called warns. Raises TypeError for what cannot replace `target`.
+    """
+
+    def __init__(self, target: Any, replacement: Any):
+        if isinstance(target, type):
+            check(target, replacement)
+        elif not hasattr(target, "supports"):
+            raise TypeError(f"override takes an op or one of tinylm's replaceable functions, not {target!r}")
+        elif not callable(replacement):
+            raise TypeError(f"{target.__name__} must be replaced by a function, not {replacement!r}")
+        super().__init__(overrides={target: self})
+        self.target, self.replacement = target, replacement
+        self.forward_calls = self.backward_calls = 0
+        self._others: set[Any] = set()  # what else ran inside
+        self._lock = threading.Lock()
+
+    def saw(self, target: Any) -> None:
+        """Note that `target` is about to run."""
+        if target is not self.target:
+            self._others.add(target)
         else:
-            _overrides[op] = before
+            with self._lock:
+                self.forward_calls += 1
+
+    def went_back(self) -> None:
+        """Note that a node of the replacement was walked."""
+        with self._lock:
+            self.backward_calls += 1
+
+    def __exit__(self, kind: Any = None, *error: Any) -> None:
+        super().__exit__()
+        if kind is None and not self.forward_calls:
+            warnings.warn(self._never_ran(), RuntimeWarning, stacklevel=2)
+
+    def _never_ran(self) -> str:
+        name, target = (x.__name__ for x in (self.replacement, self.target))
+        ran = sorted(x.__name__ for x in self._others)
+        told = f"{name} replaced {target} but never ran; what ran: {', '.join(ran) or 'nothing'}"
+        for other in self._others:
+            for twin in _twins.get(other, {}).get("composed", ()):
+                if self.target in twin.parts:
+                    told += f". {target} inside {other.__name__} is a part of {other.__name__}; use engine 'composed'"
+        return told
 
 
-def _check(op: type["Op"], replacement: type["Op"]) -> None:
-    if not issubclass(replacement, op) or not {"forward", "backward"} <= vars(replacement).keys():
-        raise TypeError(f"{replacement.__name__} must subclass {op.__name__} and define both forward and backward")
+def check(op: type["Op"], replacement: Any) -> None:
+    """Raise TypeError unless `replacement` may stand in for `op`."""
+    own = vars(replacement).keys() if isinstance(replacement, type) and issubclass(replacement, op) else set()
+    halves = {"forward", "backward"} & own
+    if len(halves) == 1 or not any(name in own for name in dir(op) if not name.startswith("__")):
+        name = getattr(replacement, "__name__", repr(replacement))
+        raise TypeError(f"{name} must subclass {op.__name__} and define both forward and backward, or only a helper")
