@@ -1,10 +1,10 @@
 """tinylm: train language models from scratch, with every backward written by hand."""
 
-from . import autograd, nn, ops, optim, random
+from . import autograd, composed, nn, ops, optim, random
 from .autograd import Op, detect_anomaly, enable_grad, is_grad_enabled, no_grad
 from .gpt import GPT, GPTConfig
 from .gradcheck import GradcheckError, gradcheck
-from .registry import override, reference_only
+from .registry import engines, override, reference_only
 from .tensor import Tensor, tensor
 
 __version__ = "0.1.0"
@@ -16,8 +16,10 @@ __all__ = [
     "Op",
     "Tensor",
     "autograd",
+    "composed",
     "detect_anomaly",
     "enable_grad",
+    "engines",
     "gradcheck",
     "is_grad_enabled",
     "nn",

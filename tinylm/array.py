@@ -6,16 +6,13 @@ the same forward and backward run on both devices.
 
 import ctypes
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 Array = Any  # a numpy.ndarray or a cupy.ndarray
 _HOST = (np.ndarray, np.generic)
-
-CPU_PIECE = 1 << 16  # elements of one piece on a CPU: the handful of arrays of a chain stay in the second-level cache
-GPU_PIECE = 1 << 24  # a GPU wants large pieces: each one costs a kernel launch
 
 
 def cupy() -> Any:
@@ -57,37 +54,42 @@ def to_device(x: Array, device: str) -> Array:
     raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype in which values of `dtype` are summed: float32 for float16, `dtype` itself otherwise."""
-    return np.dtype(np.float32) if dtype == np.float16 else np.dtype(dtype)
+def plain(x: Array) -> Array:
+    """`x` as an array of exactly NumPy's or CuPy's own class, sharing its memory: a mapped file becomes an array.
 
-
-def pieces(*arrays: Array) -> Iterator[tuple[Array, ...]]:
-    """Walk equally shaped arrays side by side in flat pieces that stay in cache.
-
-    A chain of ten element-wise passes over a large array moves it ten times between memory and core; over
-    one piece at a time it moves once, and its temporaries are a piece's size, not the array's. All arrays
-    must be C-contiguous (an array of one piece may be anything).
+    Raises TypeError for np.matrix, which multiplies otherwise, and for a masked array, whose mask would be lost.
     """
-    size = CPU_PIECE if isinstance(arrays[0], np.ndarray) else GPU_PIECE
-    if arrays[0].ndim and arrays[0].size <= size:  # of shape () NumPy's arithmetic would make scalars
-        yield arrays
-        return
-    flat = [x.reshape(-1) for x in arrays]
-    for start in range(0, flat[0].size, size):
-        yield tuple(x[start : start + size] for x in flat)
+    if type(x) is np.ndarray or not isinstance(x, np.ndarray):
+        return x
+    if isinstance(x, np.matrix | np.ma.MaskedArray):
+        raise TypeError(f"{type(x).__name__} is not a plain array; convert it with np.asarray (a mask: fill it first)")
+    return x.view(np.ndarray)
+
+
+def all_finite(arrays: Iterable[Array]) -> bool:
+    """Whether no array holds a NaN or an infinity; asks the device for one answer."""
+    arrays = [a for a in arrays if a.size and a.dtype.kind == "f"]
+    if not arrays:
+        return True
+    xp = array_module(arrays[0])
+    # A maximum hands NaN on, and finds an infinity; unlike a sum it cannot overflow.
+    return bool(xp.isfinite(xp.stack([f(a) for a in arrays for f in (xp.max, xp.min)])).all())
 
 
 def scatter_add(total: Array, index: Array, values: Array) -> None:
-    """`total[index] += values`, each value of a repeated index too: total (V, C), index (N,), values (N, C)."""
+    """`total[index] += values`, each value of a repeated index too: total (V, C), index (N,), values (N, C).
+
+    The values of one index are summed in at least float32 and added once.
+    """
     if device_of(total) == "cuda":
-        cupy().add.at(total, index, values)
+        cupy().add.at(total, index, values.astype(total.dtype, copy=False))
     elif index.size:
         # numpy.add.at walks element by element; sorting brings equal indices together, and reduceat sums each run.
         order = np.argsort(index, kind="stable")
         runs = index[order]
         starts = np.flatnonzero(np.r_[True, runs[1:] != runs[:-1]])
-        total[runs[starts]] += np.add.reduceat(values[order], starts, axis=0)
+        sums = np.add.reduceat(values[order], starts, axis=0, dtype=np.result_type(values, np.float32))
+        total[runs[starts]] += sums.astype(total.dtype, copy=False)
 
 
 def keep_freed_memory() -> None:

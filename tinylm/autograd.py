@@ -1,115 +1,82 @@
 """The tape: reverse-mode automatic differentiation over arrays.
 
-Running an op records one node, and an `Op` instance *is* that node: it holds its parents and the arrays
-that its backward needs. `backward()` walks the nodes from the newest to the oldest and hands each its
-output's gradient. That is all there is to it; the mathematics is in `tinylm/ops/`.
+Running an op records one node, and an `Op` instance *is* that node: it holds its parents and the arrays that its
+backward needs. `backward()` walks the nodes from the newest to the oldest and hands each its output's gradient. That is
+all there is to it; the mathematics is in `tinylm/ops/`.
 """
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import _GeneratorContextManager, contextmanager
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import numpy as np
 from numpy import ndarray
 
-from . import registry
-from .array import Array, array_module, device_of, is_array, wide
+from . import errors, registry
+from .array import Array, array_module, is_array, plain
+from .dtypes import promoted
+from .half import FLOAT16, in_half
+from .settings import Block, current
 
 if TYPE_CHECKING:
     from .tensor import Tensor
 
-
-class Switches:
-    """What recording depends on."""
-
-    recording = True
-    anomaly = False  # look for values that are not finite
-    autocast: Callable[[Any], Any] | None = None  # casts an input of the ops that multiply; see precision.py
-    tracker: Any = None  # counts what the tape holds; see memory.py
-
-
-class _ThreadState(threading.local):
-    """Switches of its own for each thread, so that two threads may each run a tape of their own."""
-
-    def __init__(self) -> None:
-        self.switches = Switches()
-
-
-_state = _ThreadState()
 _NUMBERS = (int, float, type(None))
+_FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _order = attrgetter("order")
-_creation = itertools.count()  # a node is always newer than its parents: creation order is a topological order
+creation = itertools.count()  # a node is always newer than its parents: creation order is a topological order
+_adding = threading.Lock()  # threads may share a leaf
 
 
-@contextmanager
-def switch(name: str, value: Any) -> Iterator[None]:
-    """Set one of this thread's switches; as a decorator, anew for each call, in whichever thread it runs."""
-    switches = _state.switches
-    before = getattr(switches, name)
-    setattr(switches, name, value)
-    try:
-        yield
-    finally:
-        setattr(switches, name, before)
-
-
-def no_grad() -> _GeneratorContextManager[None]:
+def no_grad() -> Block:
     """Record nothing inside the `with` block (or the decorated function): nothing is saved for a backward."""
-    return switch("recording", False)
+    return Block(recording=False)
 
 
-def enable_grad() -> _GeneratorContextManager[None]:
+def enable_grad() -> Block:
     """Record inside the `with` block even if the surroundings do not."""
-    return switch("recording", True)
+    return Block(recording=True)
 
 
-def detect_anomaly() -> _GeneratorContextManager[None]:
-    """Raise FloatingPointError at the first op whose output or gradient is not finite; it names the op. Slow."""
-    return switch("anomaly", True)
+def detect_anomaly() -> Block:
+    """Look for what goes wrong silently, and name the op. Slow.
 
-
-def current(name: str) -> Any:
-    """This thread's setting of a switch."""
-    return getattr(_state.switches, name)
-
-
-def settings() -> dict[str, Any]:
-    """What `use` needs to make another thread record as this one does."""
-    return {name: current(name) for name in ("recording", "anomaly", "autocast")}
-
-
-def use(settings: dict[str, Any]) -> None:
-    """Set this thread's switches."""
-    for name, value in settings.items():
-        setattr(_state.switches, name, value)
+    Raises FloatingPointError at the first op whose output or gradient is not finite, and RuntimeError where an array
+    that an op saved was changed between forward and backward.
+    """
+    return Block(anomaly=True)
 
 
 def is_grad_enabled() -> bool:
-    """Whether this thread records."""
-    return _state.switches.recording
+    """Whether this context records."""
+    return current().recording
 
 
 class Op:
     """One differentiable operation; an instance is its own graph node.
 
-    Subclasses write `forward(*arrays)`, which returns an array (or a tuple of arrays) and saves what
-    `backward` needs with `self.save`, and `backward(dy)`, which takes the gradient of the loss with respect
-    to the output and returns one per input (None for an input that has none: integers, constants). Both
-    see raw arrays. Keyword parameters of `apply` are attributes.
+    Subclasses write `forward(*arrays)`, which returns an array (or a tuple of arrays) and saves what `backward` needs
+    with `self.save`, and `backward(dy)`, which takes the gradient of the loss with respect to the output and returns
+    one per input (None for an input that has none: integers, constants). Both see raw arrays of float32 or float64.
+    Keyword parameters of `apply` are attributes.
 
     An op may change in place only arrays that it allocated: never `dy`, never an input.
     """
 
-    autocasts: ClassVar[bool] = False  # its floating inputs are cast under autocast
-    broadcasts: ClassVar[bool] = False  # operands broadcast and promote; the engine sums and casts gradients back
+    promotes: ClassVar[slice | None] = None  # these inputs come in their common dtype; see dtypes.py
+    floats: ClassVar[slice | None] = None  # of these inputs, integers and booleans come as float32
+    broadcasts: ClassVar[bool] = False  # the engine sums a gradient over the axes along which its input was stretched
+    autocasts: ClassVar[str] = ""  # under autocast, cast its floating "inputs" or its "output"
+    half: ClassVar[str] = "rounded"  # float16: "rounded", "loss" or, where numbers only move, "as it is"; see half.py
     takes_none: ClassVar[bool] = False  # backward gets None, not zeros, for an output that the loss does not depend on
 
     parents: Sequence[Union["Op", "Tensor", None]] | None = ()
     saved: tuple[Any, ...] = ()
     needs: Sequence[bool] = ()  # needs[i]: somebody wants the gradient of input i
+    override: registry.override | None = None  # which block put this class in force
+    prints: Any = None  # what detect_anomaly() compares
 
     def forward(self, *arrays: Any) -> Any:
         raise NotImplementedError(f"{self.name()} has no forward")
@@ -119,7 +86,7 @@ class Op:
 
     @classmethod
     def supports(cls, *arrays: Any, **params: Any) -> bool:
-        """For a fused twin: whether it handles these inputs. A new twin supports everything until it says otherwise."""
+        """For a twin: whether it handles these inputs. A new twin supports everything until it says otherwise."""
         return True
 
     @classmethod
@@ -133,23 +100,67 @@ class Op:
 
     @classmethod
     def apply(cls, *inputs: Any, **params: Any) -> Any:
-        """Run the op on Tensors, arrays and Python scalars, and record it if any input requires a gradient.
+        """Run the op on Tensors, arrays and Python numbers, and record it if any input requires a gradient.
 
-        Returns a Tensor, or a tuple of them where forward returns a tuple. Raises ValueError, TypeError or
-        IndexError with the op, the shapes, dtypes and devices it was given.
+        Returns a Tensor, or a tuple of them where forward returns a tuple. An error keeps its type and gets a note that
+        names the op, its file and line, and the shapes, dtypes and devices it was given.
         """
-        switches = _state.switches
-        if switches.autocast is not None and cls.autocasts:
-            inputs = tuple(map(switches.autocast, inputs))
+        record = current()
+        if record.autocast is not None and cls.autocasts == "inputs":
+            inputs = tuple(map(record.autocast, inputs))
+        arrays, needs, parents, slots, dtype = cls._gather(inputs, record.recording)
+        implementation = registry.implementation(cls, record, arrays, params)
+        if not isinstance(implementation, type):  # engine "composed": a function of Tensors
+            return implementation(*inputs, **params)
+        if dtype == FLOAT16 and implementation.half != "as it is":
+            implementation = in_half(implementation)
+        op = implementation()
+        if params:
+            op.__dict__.update(params)
+        op.needs = needs
+        try:
+            y = op.forward(*arrays)
+            several = type(y) is tuple
+            outputs = y if several else (y,)
+            if several or type(y) is not ndarray:
+                errors.check_outputs(op, outputs)
+        except Exception as error:
+            errors.note(error, op, "forward", arrays)
+            raise
+        if record.anomaly:
+            for a in outputs:
+                errors.check_finite(f"the output of {cls.name()}({errors.describe(arrays)})", a)
+        node = None
+        if True in needs:
+            node = op
+            op.order = next(creation)
+            op.parents, op.slots = parents, slots
+            op.outputs = [(a.shape, a.dtype) for a in outputs]
+            if record.overrides:
+                op.override = record.overrides.get(cls)
+            if record.anomaly:
+                ids = [id(a) for a in arrays], [id(a) for a in outputs]
+                op.prints = (errors.fingerprints(op.saved), *ids)
+            if record.tracker is not None:
+                record.tracker.recorded(op, outputs)
+        if several:
+            return tuple(Tensor._of(a, node, slot) for slot, a in enumerate(outputs))
+        tensor = Tensor._of(y, node, 0)
+        return record.autocast(tensor) if record.autocast is not None and cls.autocasts == "output" else tensor
+
+    @classmethod
+    def _gather(cls, inputs: Sequence[Any], recording: bool) -> Any:
+        """The raw arrays of the inputs, which of them need a gradient, their parents and slots, float16 or None."""
         # One plain loop, since every op comes through here: on small arrays each further pass could be felt.
         arrays: list[Any] = []
         needs: list[bool] = []
         parents: list[Op | Tensor | None] = []
         slots: list[int] = []
-        kind: type[Any] | None = None
+        kind = dtype = None
+        alike = True  # all arrays of one device and of one dtype, float32 or float64
         for x in inputs:
             if isinstance(x, Tensor):
-                need = switches.recording and x.requires_grad
+                need = recording and x.requires_grad
                 needs.append(need)
                 parents.append(None if not need else x if x.op is None else x.op)
                 slots.append(x.slot)
@@ -158,110 +169,65 @@ class Op:
                 needs.append(False)
                 parents.append(None)
                 slots.append(0)
-                x = cls._plain(x)
+                if type(x) is not ndarray:
+                    x = cls._plain(x)
             arrays.append(x)
             if type(x) is not kind and hasattr(x, "dtype"):
-                if kind is not None and issubclass(kind, ndarray) != isinstance(x, ndarray):
-                    raise TypeError(
-                        f"{cls.name()}: inputs on different devices: {_describe(arrays)}; move them with .to(...)"
-                    )
-                kind = type(x)
-        op = registry.implementation(cls, arrays, params)()
-        if params:
-            for name, value in params.items():
-                setattr(op, name, value)
-        op.needs = needs
-        try:
-            y = op.forward(*arrays)
-        except (ValueError, TypeError, IndexError) as error:
-            kinds = (IndexError, ValueError, TypeError)
-            raise next(k for k in kinds if isinstance(error, k))(
-                f"{cls.name()}({_describe(arrays)}): {error}"
-            ) from error
+                alike, kind = kind is None, type(x)
+            if kind is type(x) and x.dtype is not dtype:
+                alike, dtype = alike and dtype is None and x.dtype in _FLOATS, x.dtype
+        if kind is None:
+            raise TypeError(f"{cls.name()} needs a Tensor or an array among its inputs, not {errors.describe(arrays)}")
+        return arrays, needs, parents, slots, None if alike else cls._convert(arrays)
 
-        several = isinstance(y, tuple)
-        outputs = y if several else (y,)
-        if switches.anomaly:
-            for a in outputs:
-                _check_finite(f"the output of {cls.name()}({_describe(arrays)})", a)
-        node = op if True in needs else None
-        if node is not None:
-            op.order = next(_creation)
-            op.parents, op.slots = parents, slots
-            op.outputs = [(a.shape, a.dtype) for a in y] if several else ((y.shape, y.dtype),)
-            op.grads, op.owned = ([None] * len(y), [False] * len(y)) if several else ([None], [False])
-            if switches.tracker is not None:
-                switches.tracker.recorded(op, outputs)
-        if several:
-            return tuple(Tensor._of(a, node, slot) for slot, a in enumerate(outputs))
-        return Tensor._of(y, node, 0)
+    @classmethod
+    def _convert(cls, arrays: list[Any]) -> Any:
+        """Bring the arrays, in place, to the dtypes that the op wants; returns float16 if one of them has it."""
+        given = [a for a in arrays if hasattr(a, "dtype")]
+        if len({isinstance(a, ndarray) for a in given}) > 1:
+            raise TypeError(
+                f"{cls.name()}: inputs on different devices: {errors.describe(arrays)}; move them with .to(...)"
+            )
+        if cls.promotes is not None:
+            arrays[cls.promotes] = promoted(arrays[cls.promotes], floats=cls.floats is not None)
+        elif cls.floats is not None:
+            arrays[cls.floats] = [
+                a.astype(np.float32) if hasattr(a, "dtype") and a.dtype.kind != "f" else a for a in arrays[cls.floats]
+            ]
+        return FLOAT16 if any(a.dtype == FLOAT16 for a in arrays if hasattr(a, "dtype")) else None
 
     @classmethod
     def _plain(cls, x: Any) -> Any:
         """An input that is no Tensor: an array, a Python number or None. Raises TypeError for anything else."""
         if isinstance(x, np.generic):
             return x.item()  # NumPy's float64 scalars would make a float64 of everything they touch
-        if isinstance(x, _NUMBERS) or is_array(x):
+        if isinstance(x, _NUMBERS):
             return x
+        if is_array(x):
+            return plain(x)
         raise TypeError(f"{cls.name()} takes Tensors, arrays and numbers, not {type(x).__name__}; try tensor(...)")
 
     # Filled in when the node is recorded.
     order: int
     slots: Sequence[int]  # which output of its parent each input is
     outputs: Sequence[tuple[tuple[int, ...], Any]]  # shape and dtype of each output
-    grads: list[Array | None]  # gradient of each output, as far as it has been summed
-    owned: list[bool]  # whether that array is ours to add to
 
 
 def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) -> None:
     """Add d(tensor)/d(leaf), contracted with the tensor's gradient, to `leaf.grad` for every leaf that requires it.
 
-    Takes one tensor and its gradient, or a list of each (summed over). A gradient has its tensor's shape and
-    dtype; None stands for 1, for a tensor of one element. Each node is released as soon as it has been walked, so
-    memory falls as backward goes, and what was walked cannot be walked again. Raises RuntimeError for a tensor
-    without a graph, or whose graph is spent, and for gradients of the wrong shape or dtype.
+    Takes one tensor and its gradient, or a list of each (summed over). A gradient has its tensor's shape and dtype; None
+    stands for 1, for a tensor of one element. Each node is released as soon as it has been walked, so memory falls as
+    backward goes, and what was walked cannot be walked again. A backward that fails leaves every `grad` as it was.
+    Raises RuntimeError for a tensor without a graph, or whose graph is spent, and for gradients of the wrong shape or
+    dtype; an error in an op's backward keeps its type and gets a note that names the op.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else tensors
     grads = grads if isinstance(grads, list | tuple) else [grads] * len(tensors)
-    roots = [(tensor, _seed(tensor, grad)) for tensor, grad in zip(tensors, grads, strict=True)]
-    nodes = reachable([tensor.op for tensor in tensors if tensor.op is not None])
-    for tensor, grad in roots:
-        _accumulate(tensor if tensor.op is None else tensor.op, tensor.slot, grad, [grad], ())
-    del tensors, grads, roots
-    switches = _state.switches
-    while nodes:
-        op = nodes.pop()
-        dys = op.grads if len(op.grads) == 1 or op.takes_none else _filled(op.grads, op.outputs)
-        op.grads = []
-        dxs = op.backward(*dys)
-        if not isinstance(dxs, tuple):
-            dxs = (dxs,)
-        parents = op.parents or ()
-        if len(dxs) != len(parents):
-            raise RuntimeError(f"{op.name()}.backward returned {len(dxs)} gradients for {len(parents)} inputs")
-        for i, (parent, slot, dx) in enumerate(zip(parents, op.slots, dxs, strict=True)):
-            if parent is None:
-                continue
-            spec = parent.outputs[slot] if isinstance(parent, Op) else (parent.data.shape, parent.data.dtype)
-            if type(dx) is not ndarray or (dx.shape, dx.dtype) != spec:
-                dx = _fitted(op, i, dx, spec)
-            if switches.anomaly:
-                _check_finite(f"the gradient that {op.name()} gives its input {i}", dx)
-            _accumulate(parent, slot, dx, dys, dxs)
-        op.parents, op.saved = None, ()
-        if switches.tracker is not None:
-            switches.tracker.look()
-        del dxs, dys, dx  # otherwise one more node's gradients would stay alive while the next one runs
-
-
-def _fitted(op: Op, i: int, dx: Any, spec: Any) -> Array:
-    """What `op` returned for its input `i`, brought to that input's shape and dtype where an op may leave it to us."""
-    if op.broadcasts and dx is not None:
-        dx = unbroadcast(dx, *spec)
-    if isinstance(dx, np.generic):
-        dx = np.asarray(dx)  # NumPy's arithmetic on arrays of shape () returns scalars
-    _check(f"{op.name()}.backward", f"the gradient of input {i}", dx, spec)
-    return dx
+    walk = Walk()
+    walk.begin([(tensor, _seed(tensor, grad)) for tensor, grad in zip(tensors, grads, strict=True)])
+    del tensors, grads
+    walk.run()
 
 
 def _seed(tensor: "Tensor", grad: Array | None) -> Array:
@@ -276,13 +242,107 @@ def _seed(tensor: "Tensor", grad: Array | None) -> Array:
                 f"backward() of a tensor of shape {tensor.shape} needs a gradient of that shape; or sum() it first"
             )
         grad = array_module(tensor.data).ones_like(tensor.data)
-    _check("backward", "the given gradient", grad, (tensor.shape, tensor.dtype))
+    errors.check_array("backward", "the given gradient", grad, (tensor.shape, tensor.dtype))
     return grad
 
 
-def reachable(roots: list[Op]) -> list[Op]:
-    """Every node below `roots`, oldest first. A loop, not recursion: graphs are deeper than Python's stack."""
-    seen = set(roots)
+class Walk:
+    """One backward: the nodes that are still to be walked, and the gradients of their outputs, summed so far."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Op] = []  # the newest last
+        self.sums: dict[Any, Array] = {}  # of an op's output (the op; (op, slot) where slot > 0) or of a leaf
+        self.ours: set[Any] = set()  # keys of sums that nobody else holds: the walk may add to them in place
+        self.leaves: list[Tensor] = []
+
+    def begin(self, roots: Sequence[tuple["Tensor", Array]], since: int = 0) -> None:
+        """Start from these tensors with these gradients; nodes older than `since` are in the walk already."""
+        self.nodes += reachable([tensor.op for tensor, _ in roots if tensor.op is not None], since)
+        for tensor, grad in roots:
+            self.add(tensor if tensor.op is None else tensor.op, tensor.slot, grad, fresh=False)
+
+    def run(self) -> None:
+        """Walk all nodes, the newest first, then give the leaves their gradients."""
+        record = current()
+        while self.nodes:
+            op = self.nodes.pop()
+            dys = [self.sums.pop(op, None)]
+            if len(op.outputs) > 1:
+                dys += [self.sums.pop((op, slot), None) for slot in range(1, len(op.outputs))]
+            if dys[0] is None and all(dy is None for dy in dys):  # below a recomputed part that did not use this input
+                op.parents, op.saved = None, ()
+                continue
+            try:
+                if record.anomaly and op.prints is not None:
+                    errors.check_unchanged(op, *op.prints)
+                if isinstance(op, Unfolding):
+                    op.unfold(self, dys)
+                else:
+                    self.step(op, dys, record.anomaly)
+            except Exception as error:
+                errors.note(error, op, "backward", dys)
+                raise
+            if op.override is not None:
+                op.override.went_back()
+            op.parents, op.saved = None, ()
+            if record.tracker is not None:
+                record.tracker.look(self)
+            del dys  # otherwise one more node's gradients would stay alive while the next one runs
+        with _adding:
+            for leaf in self.leaves:
+                total = self.sums[leaf]
+                if leaf.grad is None:
+                    leaf.grad = total if leaf in self.ours else total.copy()
+                else:
+                    leaf.grad += total
+
+    def step(self, op: Op, dys: list[Any], anomaly: bool) -> None:
+        """Run one node's backward and add what it returns to its parents' sums."""
+        dxs = op.backward(*(dys if len(dys) == 1 or op.takes_none else _filled(dys, op.outputs)))
+        if type(dxs) is not tuple:
+            dxs = dxs if isinstance(dxs, list) else (dxs,)
+        parents = op.parents or ()
+        if len(dxs) != len(parents) or type(dxs) is list:
+            errors.check_gradients(op, dxs, len(parents))
+        for i, (parent, slot, dx) in enumerate(zip(parents, op.slots, dxs, strict=True)):
+            if parent is None:
+                continue
+            is_op = isinstance(parent, Op)
+            spec = parent.outputs[slot] if is_op else (parent.data.shape, parent.data.dtype)
+            if type(dx) is not ndarray or (dx.shape, dx.dtype) != spec:
+                dx = _fitted(op, i, dx, spec)
+            if anomaly:
+                errors.check_finite(f"the gradient that {op.name()} gives its input {i}", dx)
+            self.add(parent, slot, dx, not is_op and _is_fresh(dx, op, dys, dxs, parent))
+
+    def add(self, target: Union[Op, "Tensor"], slot: int, dx: Array, fresh: bool) -> None:
+        """Add `dx` to the sum of a target; `fresh` says that nobody else holds it."""
+        key = target if slot == 0 else (target, slot)
+        before = self.sums.get(key)
+        if before is None:
+            self.sums[key] = dx
+            if fresh:
+                self.ours.add(key)
+            if not isinstance(target, Op):
+                self.leaves.append(target)
+        elif key in self.ours:
+            before += dx
+        else:
+            self.sums[key] = array_module(dx).asarray(before + dx)
+            self.ours.add(key)
+
+
+class Unfolding(Op):
+    """An op that stands for a graph of its own: backward walks that graph in its place; see recompute.py."""
+
+    def unfold(self, walk: Walk, dys: list[Any]) -> None:
+        """Build the graph, and let the walk begin at its end."""
+        raise NotImplementedError
+
+
+def reachable(roots: Sequence[Op], since: int = 0) -> list[Op]:
+    """Every node from `since` on below `roots`, oldest first. A loop: graphs are deeper than Python's stack."""
+    seen = {op for op in roots if op.order >= since}
     stack = list(seen)
     while stack:
         op = stack.pop()
@@ -292,94 +352,49 @@ def reachable(roots: list[Op]) -> list[Op]:
                 "(to add two losses' gradients, add the losses and call backward once)"
             )
         for parent in op.parents:
-            if isinstance(parent, Op) and parent not in seen:
+            if isinstance(parent, Op) and parent not in seen and parent.order >= since:
                 seen.add(parent)
                 stack.append(parent)
     return sorted(seen, key=_order)
 
 
-def _accumulate(target: Union[Op, "Tensor"], slot: int, dx: Array, dys: Sequence[Any], dxs: Sequence[Any]) -> None:
-    """Add `dx`, one of the `dxs` that an op returned for its `dys`, to what `target` has so far.
-
-    The first gradient is kept as it is; only one that is ours is added to in place.
-    """
-    if isinstance(target, Op):
-        before = target.grads[slot]
-        if before is None:
-            target.grads[slot], target.owned[slot] = dx, _is_ours(dx, dys, dxs)
-        elif target.owned[slot]:
-            before += dx
-        elif _is_ours(dx, dys, dxs):
-            dx += before
-            target.grads[slot], target.owned[slot] = dx, True
-        else:
-            target.grads[slot], target.owned[slot] = array_module(dx).asarray(before + dx), True
-    elif target.grad is None:
-        target.grad = dx if _is_ours(dx, dys, dxs) else dx.copy()  # a leaf always owns its gradient
-    else:
-        target.grad += dx
+def _fitted(op: Op, i: int, dx: Any, spec: Any) -> Array:
+    """What `op` returned for its input `i`, brought to that input's shape and dtype where an op may leave it to us."""
+    if is_array(dx) or isinstance(dx, np.generic):
+        dx = np.asarray(dx) if isinstance(dx, np.generic) else dx  # NumPy's arithmetic on shape () returns scalars
+        if op.broadcasts:
+            dx = unbroadcast(dx, spec[0])
+        if op.promotes is not None or op.floats is not None:
+            dx = dx.astype(spec[1], copy=False)
+    errors.check_array(f"{op.name()}.backward", f"the gradient of input {i}", dx, spec)
+    return dx
 
 
-def _is_ours(dx: Array, dys: Sequence[Any], dxs: Sequence[Any]) -> bool:
-    """Whether the engine may add to `dx` in place: freshly allocated and returned once, views included."""
-    if dx.base is not None:
+def _is_fresh(dx: Array, op: Op, dys: Sequence[Any], dxs: Sequence[Any], leaf: "Tensor") -> bool:
+    """Whether a leaf may keep `dx` as its own: not a view, not held by the op, its dy, another input or the leaf."""
+    if dx.base is not None or dx is leaf.data or leaf.data.base is dx:
         return False
-    for dy in dys:
-        if dx is dy:
-            return False
-    held = 0  # by what the op returned; not at all where it was cast
-    for other in dxs:
-        if dx is other or dx is getattr(other, "base", None):
-            held += 1
-    return held <= 1
+    for held in (dys, op.saved, vars(op).values()):
+        for x in held:
+            if x is dx or (type(x) is list and any(y is dx for y in x)):
+                return False
+    return sum(x is dx or getattr(x, "base", None) is dx for x in dxs) <= 1
 
 
-def take_gradient(target: Union[Op, "Tensor"], slot: int) -> Array | None:
-    """What `_accumulate` has summed so far, for the caller to add to and to hand back as its own contribution."""
-    if isinstance(target, Op):
-        grad, target.grads[slot] = target.grads[slot], None
-        return grad if grad is None or target.owned[slot] else grad.copy()
-    grad, target.grad = target.grad, None
-    return grad
-
-
-def unbroadcast(dy: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-    """Undo broadcasting and promotion: sum `dy` over the axes that were stretched from `shape`, cast it to `dtype`."""
-    if dy.shape != shape:
-        extra = dy.ndim - len(shape)
-        stretched = [extra + i for i, n in enumerate(shape) if n == 1 and dy.shape[extra + i] != 1]
-        dy = dy.sum(axis=(*range(extra), *stretched), dtype=wide(dy.dtype)).reshape(shape)
-    return dy if dy.dtype == dtype else dy.astype(dtype)
+def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:
+    """Undo broadcasting: sum `dy` over the axes that were stretched from `shape`; float16 in float32."""
+    if dy.shape == shape:
+        return dy
+    extra = dy.ndim - len(shape)
+    stretched = [extra + i for i, n in enumerate(shape) if n == 1 and dy.shape[extra + i] != 1]
+    total = dy.sum(axis=(*range(extra), *stretched), dtype=np.float32 if dy.dtype == FLOAT16 else None)
+    return total.reshape(shape).astype(dy.dtype, copy=False)
 
 
 def _filled(grads: list[Array | None], outputs: Sequence[Any]) -> list[Array]:
     """The gradients of an op's several outputs, zeros for those that the loss does not depend on."""
     xp = array_module(next(dy for dy in grads if dy is not None))
     return [xp.zeros(*spec) if dy is None else dy for dy, spec in zip(grads, outputs, strict=True)]
-
-
-def _check(where: str, what: str, array: Array, spec: Any) -> None:
-    """Raise unless `array` has the shape and dtype of `spec`."""
-    if not is_array(array):
-        raise RuntimeError(f"{where}: {what} is {type(array).__name__}, not an array")
-    if (array.shape, array.dtype) != spec:
-        shape, dtype = spec
-        raise RuntimeError(f"{where}: {what} is {array.shape} {array.dtype}, but must be {shape} {dtype}")
-
-
-def _check_finite(what: str, array: Array) -> None:
-    """Raise FloatingPointError if a floating `array` holds a NaN or an infinity."""
-    xp = array_module(array)
-    if array.dtype.kind == "f" and not bool((finite := xp.isfinite(array)).all()):
-        first = np.unravel_index(int((~finite).argmax()), array.shape)
-        raise FloatingPointError(
-            f"{what}: {int((~finite).sum())} of {array.size} values are not finite, "
-            f"the first at index {tuple(int(i) for i in first)}"
-        )
-
-
-def _describe(arrays: Sequence[Any]) -> str:
-    return ", ".join(f"{tuple(a.shape)} {a.dtype} {device_of(a)}" if hasattr(a, "dtype") else repr(a) for a in arrays)
 
 
 from .tensor import Tensor  # noqa: E402  (tensor.py gives Tensors the ops, and those need the Op above)

@@ -9,7 +9,6 @@ import numpy as np
 
 from . import random
 
-BATCHES = 1  # names the stream of batch positions: every other stream of the same seed is independent of it
 CHUNK = 1 << 20  # bytes of a text, or tokens, that are worked on at a time: its arrays stay in the cache
 
 
@@ -125,7 +124,7 @@ def get_batch(
     positions = len(tokens) - block_size
     if positions < 1:
         raise ValueError(f"{len(tokens)} tokens are too few for a block of {block_size} and its target")
-    starts = random.generator(BATCHES, seed, step).integers(positions, size=batch_size)
+    starts = random.generator(random.BATCHES, seed, step).integers(positions, size=batch_size)
     starts = starts[batch_size * micro // micros : batch_size * (micro + 1) // micros]
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
     return windows[:, :-1], windows[:, 1:]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import generate as generation
+from . import generation
 from . import ops, random
 from .array import Array, array_module
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module
@@ -77,7 +77,7 @@ class Attention(Module):
 
     def forward(self, x: Tensor, cache: KeyValues | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (heads.reshape(B, T, self.n_head, -1).swapaxes(1, 2) for heads in self.c_attn(x).split(3, axis=-1))
+        q, k, v = (heads.reshape(B, T, self.n_head, -1).swapaxes(1, 2) for heads in self.c_attn(x).chunk(3, axis=-1))
         if cache is not None:
             k, v = cache.append(k, v)
         y = ops.causal_attention(q, k, v, self.dropout, self.training)  # (B, H, T, D)

@@ -13,8 +13,10 @@ not in it; for that, look at the process's peak beside it.
 
 import resource
 import sys
+import threading
 import weakref
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +24,8 @@ from . import autograd
 from .array import Array, cupy, is_array
 from .nn import Module, Parameter
 from .optim import AdamW
+from .settings import Block
+from .tensor import Tensor
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,42 +49,50 @@ class Snapshot:
         return self.activations + self.copies + self.flowing + self.gradients
 
 
-class track_memory:
-    """Context manager that counts what this thread's tape holds, after every op forward and every op backward.
+class track_memory(Block):
+    """Context manager that counts what the tape holds, its workers' too, after every op forward and every op backward.
 
     `model` and `optimizer` are optional; with them, gradients, parameters and optimizer state are in the table too.
     `now` and `peak` are Snapshots; `timeline` has one for every moment. Slow: meant for a step, not for a run.
     """
 
     def __init__(self, model: Module | None = None, optimizer: AdamW | None = None):
+        super().__init__(tracker=self)
         self.parameters = list(model.parameters()) if model is not None else []
         self.optimizer = optimizer
         self.timeline: list[Snapshot] = []
         self._nodes: weakref.WeakSet[autograd.Op] = weakref.WeakSet()
+        self._walks: weakref.WeakSet[autograd.Walk] = weakref.WeakSet()
+        self._leaves = {id(p): weakref.ref(p) for p in self.parameters}  # and those that workers have in their stead
         self._copies: dict[int, Any] = {}  # id -> weak reference of autocast's copies of parameters
+        self._lock = threading.Lock()
 
-    def __enter__(self) -> "track_memory":
-        self._switch = autograd.switch("tracker", self)
-        self._switch.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._switch.__exit__(*error)
-
-    def recorded(self, op: autograd.Op, outputs: tuple[Array, ...]) -> None:
+    def recorded(self, op: autograd.Op, outputs: Sequence[Array]) -> None:
         """Called by the engine for a new node."""
-        self._nodes.add(op)
-        if op.name() == "Cast" and isinstance((op.parents or (None,))[0], Parameter):
-            self._copies[id(outputs[0])] = weakref.ref(outputs[0])
-        self.look()
+        with self._lock:
+            self._nodes.add(op)
+            for leaf in op.parents or ():
+                if isinstance(leaf, Parameter):
+                    self._leaves[id(leaf)] = weakref.ref(leaf)
+            if op.name() == "Cast" and isinstance((op.parents or (None,))[0], Parameter):
+                self._copies[id(outputs[0])] = weakref.ref(outputs[0])
+            self._look()
 
-    def look(self) -> None:
-        """Count what is held now; the engine calls it when a node was recorded or released."""
-        snapshot = Snapshot(gradients=sum(p.grad.nbytes for p in self.parameters if p.grad is not None))
-        nodes = sorted(self._nodes, key=lambda op: op.order)
-        used = [p for op in nodes for p in op.parents or () if isinstance(p, Parameter)]
-        seen = {id(_buffer(p.data)) for p in [*self.parameters, *used]}
-        for op in nodes:
+    def look(self, walk: autograd.Walk) -> None:
+        """Count what is held now; the engine calls it when a node of this walk was released."""
+        with self._lock:
+            self._walks.add(walk)
+            self._look()
+
+    def _look(self) -> None:
+        leaves = [p for p in (ref() for ref in self._leaves.values()) if p is not None]
+        sums = [(key, a) for walk in self._walks for key, a in list(walk.sums.items())]
+        snapshot = Snapshot(
+            gradients=sum(p.grad.nbytes for p in leaves if p.grad is not None)
+            + sum(a.nbytes for key, a in sums if isinstance(key, Tensor))
+        )
+        seen = {id(_buffer(p.data)) for p in leaves}
+        for op in sorted(self._nodes, key=lambda op: op.order):
             for array in _arrays(op.saved):
                 buffer = _buffer(array)
                 if id(buffer) in seen:
@@ -91,10 +103,10 @@ class track_memory:
                     snapshot.copies += buffer.nbytes
                 else:
                     snapshot.saved[op.name()] += buffer.nbytes
-            for gradient in op.grads:
-                if gradient is not None and id(_buffer(gradient)) not in seen:
-                    seen.add(id(_buffer(gradient)))
-                    snapshot.flowing += _buffer(gradient).nbytes
+        for key, gradient in sums:
+            if not isinstance(key, Tensor) and id(_buffer(gradient)) not in seen:
+                seen.add(id(_buffer(gradient)))
+                snapshot.flowing += _buffer(gradient).nbytes
         self.timeline.append(snapshot)
 
     @property

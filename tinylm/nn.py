@@ -8,23 +8,29 @@ import numpy as np
 
 from . import ops, random
 from .array import Array, to_device
-from .tensor import Tensor
+from .tensor import Tensor, owned
 
 
 class Parameter(Tensor):
-    """A tensor that an optimizer updates; assigned to a Module's attribute, it gets a name there."""
+    """A tensor that an optimizer updates; assigned to a Module's attribute, it gets a name there.
+
+    It has memory of its own, and is float32 for float64 numbers too unless `dtype` asks for another.
+    """
 
     __slots__ = ()
 
     def __init__(self, data: Any, dtype: Any = None, device: str | None = None):
+        if dtype is None and getattr(data, "dtype", None) == np.float64:
+            dtype = np.float32
         super().__init__(data, dtype, device, requires_grad=True)
+        owned(self, data)
 
 
 class Module:
     """A part of a model. Its parameters are those of its attributes, in the order of their assignment.
 
-    An attribute may be a Parameter, a Module, or a list of Modules. A parameter reached by two names (tied weights)
-    counts once, under the first.
+    An attribute may be a Parameter or a Module, or a list, tuple or dict of them, nested as deep as you like. A parameter
+    reached by two names (tied weights) counts once, under the first.
     """
 
     training = True
@@ -37,11 +43,7 @@ class Module:
 
     def children(self) -> Iterator[tuple[str, "Module"]]:
         """(name, module) of the modules directly below this one; those of a list are named 'attribute.index'."""
-        for name, value in vars(self).items():
-            if isinstance(value, Module):
-                yield name, value
-            elif isinstance(value, list | tuple):
-                yield from ((f"{name}.{i}", v) for i, v in enumerate(value) if isinstance(v, Module))
+        return ((name, x) for name, x in self._members() if isinstance(x, Module))
 
     def modules(self) -> Iterator["Module"]:
         """This module and all below it."""
@@ -58,14 +60,24 @@ class Module:
                 yield name, parameter
 
     def _all_parameters(self) -> Iterator[tuple[str, Parameter]]:
-        children = {name.partition(".")[0]: [] for name, _ in self.children()}  # type: dict[str, list[Any]]
-        for name, child in self.children():
-            children[name.partition(".")[0]].append((name, child))
-        for name, value in vars(self).items():
-            if isinstance(value, Parameter):
-                yield name, value
-            for path, child in children.get(name, ()):
-                yield from ((f"{path}.{below}", parameter) for below, parameter in child._all_parameters())
+        for name, x in self._members():
+            if isinstance(x, Parameter):
+                yield name, x
+            else:
+                yield from ((f"{name}.{below}", parameter) for below, parameter in x._all_parameters())
+
+    def _members(self) -> Iterator[tuple[str, Any]]:
+        """(name, Parameter or Module) of the attributes, and of what lists, tuples and dicts among them hold."""
+
+        def within(name: str, x: Any) -> Iterator[tuple[str, Any]]:
+            if isinstance(x, Parameter | Module):
+                yield name, x
+            elif isinstance(x, list | tuple | dict):
+                for key, y in x.items() if isinstance(x, dict) else enumerate(x):
+                    yield from within(f"{name}.{key}", y)
+
+        for name, x in vars(self).items():
+            yield from within(name, x)
 
     def parameters(self) -> Iterator[Parameter]:
         return (parameter for _, parameter in self.named_parameters())
@@ -118,7 +130,7 @@ class Module:
             p.data[...] = to_device(state[name], p.device)
 
     def __repr__(self) -> str:
-        shapes = [f"{name}={p.shape}" for name, p in vars(self).items() if isinstance(p, Parameter)]
+        shapes = [f"{name}={x.shape}" for name, x in self._members() if isinstance(x, Parameter)]
         below = [f"  {name}: " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
         return "\n".join([f"{type(self).__name__}({', '.join(shapes)})", *below])
 

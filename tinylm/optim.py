@@ -1,14 +1,15 @@
 """AdamW, gradient clipping by the global norm, and the learning-rate schedule."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from . import registry
-from .array import Array, array_module, pieces, to_device
+from .array import Array, array_module, to_device
 from .nn import Module, Parameter
+from .registry import replaceable
+from .settings import current
 
 
 def decay_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -16,6 +17,35 @@ def decay_groups(model: Module, weight_decay: float) -> list[dict[str, Any]]:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     return [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+
+@replaceable
+def adamw(
+    params: Sequence[Array],
+    grads: Sequence[Array],
+    exp_avgs: Sequence[Array],
+    exp_avg_sqs: Sequence[Array],
+    steps: Sequence[int],
+    lrs: Sequence[float],
+    weight_decays: Sequence[float],
+    betas: tuple[float, float],
+    eps: float,
+    coefficient: Any = 1.0,
+) -> None:
+    """One update of AdamW, in place, of lists of arrays: parameters, their gradients and both moments.
+
+    `steps` counts from 1, for each parameter. Every gradient is multiplied by `coefficient`, which clipping leaves.
+    """
+    beta1, beta2 = betas
+    for p, g, m, v, t, lr, decay in zip(
+        params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True
+    ):
+        g = g * coefficient
+        p *= 1 - lr * decay
+        m += (1 - beta1) * (g - m)
+        v *= beta2
+        v += (1 - beta2) * (g * g)
+        p -= (lr / (1 - beta1**t)) * m / (array_module(v).sqrt(v) / math.sqrt(1 - beta2**t) + eps)
 
 
 class AdamW:
@@ -28,8 +58,8 @@ class AdamW:
         p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     `params` is an iterable of Parameters, or of dicts {"params": [...], "lr" and "weight_decay": ...} that override the
-    defaults for their group. A parameter without a gradient is left as it is, and its t stands still. Nothing
-    larger than a cache-sized piece is allocated by a step.
+    defaults for their group. A parameter without a gradient is left as it is, and its t stands still. The update itself
+    is the function `adamw`, which an engine or an `override` may replace.
     """
 
     def __init__(
@@ -73,14 +103,20 @@ class AdamW:
         for group in self.groups:
             group["lr"] = lr
 
-    def step(self) -> None:
-        """Update every parameter that has a gradient."""
+    def step(self, coefficient: Any = 1.0) -> None:
+        """Update every parameter that has a gradient, multiplied by `coefficient` (a number, or on a GPU an array)."""
+        rows = []
         index = 0
         for group in self.groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, self._state_of(index, p), group["lr"], group["weight_decay"])
+                    state = self._state_of(index, p)
+                    state["step"] += 1
+                    moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                    rows.append((p.data, p.grad, *moments, group["lr"], group["weight_decay"]))
                 index += 1
+        if rows:
+            adamw(*map(list, zip(*rows, strict=True)), self.betas, self.eps, coefficient)
 
     # What a checkpoint holds of it; parameters are named by their place in `parameters()`.
 
@@ -117,39 +153,11 @@ class AdamW:
     def _state_of(self, index: int, p: Parameter) -> dict[str, Any]:
         if index not in self.state:
             zeros = array_module(p.data).zeros_like
-            self.state[index] = {"step": 0, "exp_avg": zeros(p.data, order="C"), "exp_avg_sq": zeros(p.data, order="C")}
+            self.state[index] = {"step": 0, "exp_avg": zeros(p.data), "exp_avg_sq": zeros(p.data)}
         return self.state[index]
 
-    def _update(self, p: Parameter, state: dict[str, Any], lr: float, weight_decay: float) -> None:
-        state["step"] += 1
-        beta1, beta2 = self.betas
-        step_size = lr / (1 - beta1 ** state["step"])
-        rescale = 1 / math.sqrt(1 - beta2 ** state["step"])
-        xp = array_module(p.data)
-        p.data = xp.asarray(p.data, order="C")  # itself, almost always: a piece must be a view, not a copy
-        grad = xp.asarray(p.grad, order="C")
-        fused = registry.kernel("adamw")
-        if fused is not None and xp is np and p.dtype == grad.dtype == np.float32:
-            arrays = (a.reshape(-1) for a in (p.data, grad, state["exp_avg"], state["exp_avg_sq"]))
-            numbers = (1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, step_size, rescale, self.eps)
-            fused(*arrays, *map(np.float32, numbers))
-            return
-        for w, g, m, v in pieces(p.data, grad, state["exp_avg"], state["exp_avg_sq"]):
-            if weight_decay:
-                w *= 1 - lr * weight_decay
-            m += (1 - beta1) * (g - m)
-            v *= beta2
-            square = g * g
-            square *= 1 - beta2
-            v += square
-            denominator = xp.sqrt(v, out=square)
-            denominator *= rescale
-            denominator += self.eps
-            update = m / denominator
-            update *= step_size
-            w -= update
 
-
+@replaceable
 def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
     """Scale all gradients by one factor so that their global L2 norm is at most `max_norm`; returns the norm before.
 
@@ -158,10 +166,27 @@ def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = _global_norm(grads)
-    if max_norm < norm < math.inf:
+    coefficient = _clip_coefficient(norm, max_norm)
+    if coefficient != 1:
         for g in grads:
-            g *= max_norm / (norm + 1e-6)
+            g *= coefficient
     return norm
+
+
+def clip(parameters: Iterable[Parameter], max_norm: float) -> tuple[float, float]:
+    """(the global norm, the coefficient that an optimizer's `step` multiplies the gradients with to clip them).
+
+    The same as `clip_grad_norm_`, without a pass of its own over the gradients. Where somebody replaced that function,
+    it is called, and the coefficient that it leaves is 1.
+    """
+    if clip_grad_norm_ in current().overrides:
+        return clip_grad_norm_(parameters, max_norm), 1.0
+    norm = _global_norm([p.grad for p in parameters if p.grad is not None])
+    return norm, _clip_coefficient(norm, max_norm)
+
+
+def _clip_coefficient(norm: float, max_norm: float) -> float:
+    return max_norm / (norm + 1e-6) if max_norm < norm < math.inf else 1.0
 
 
 def _global_norm(grads: list[Array]) -> float:
@@ -179,6 +204,7 @@ def _global_norm(grads: list[Array]) -> float:
     return largest * math.sqrt(sum(float(((g / largest) ** 2).sum()) for g in flat))
 
 
+@replaceable
 def warmup_cosine(step: int, steps: int, lr: float, warmup: int, min_lr: float = 0.0) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 

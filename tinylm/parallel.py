@@ -16,7 +16,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from . import autograd, random, registry
 from .array import Array
 from .nn import Module
 
@@ -29,24 +28,29 @@ class Reducer(Protocol):
     def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
         """parts[r] are the arrays of this process's worker r, None for zeros; returns their sums, in parts[0]'s memory.
 
-        They are added in the order of the workers, so that the sums are the same bits on every run. It is asked also
-        where this process has one worker.
+        They are added in the order of the workers, so that the sums are equal bit for bit on every run. It is asked
+        also where this process has one worker.
         """
 
 
 class Workers:
     """`size` threads that work on one model. As a context manager it limits BLAS to one thread each, and restores it.
 
-    With one worker everything runs in the calling thread, on the model itself, with BLAS as it is.
+    One worker works in the calling thread, on the model itself, with BLAS as it is. Every worker runs in a copy of the
+    caller's context: it has the caller's settings and randomness, and changes neither.
     """
 
     def __init__(self, model: Module, size: int):
         if size < 1:
             raise ValueError(f"threads must be at least 1, not {size}")
         self.size = size
-        self.models: list[Any] = [model, *(replica(model) for _ in range(size - 1))]
-        self.parameters = [list(each.parameters()) for each in self.models]
+        self.model = model
         self.reducer: Reducer = self
+        self._replicate()
+
+    def _replicate(self) -> None:
+        self.models: list[Any] = [replica(self.model) for _ in range(self.size)] if self.size > 1 else [self.model]
+        self.parameters = [list(each.parameters()) for each in self.models]
 
     def __enter__(self) -> "Workers":
         if self.size > 1:
@@ -63,37 +67,41 @@ class Workers:
                 thread.jobs.put(None)
 
     def run(self, work: Callable[[int], Result]) -> list[Result]:
-        """[work(0), work(1), ...], each in a thread of its own, with the calling one's settings and randomness.
+        """[work(0), work(1), ...], each in a thread of its own.
 
-        An exception in a worker is raised here, when all have ended.
+        An exception in a worker is raised here, when all have ended. An interruption (Ctrl-C) does not wait: what the
+        threads still compute goes into replicas that nobody will read.
         """
         if self.size == 1:
-            return [work(0)]
-        settings, twins, rng = autograd.settings(), registry.twins_on(), random.state()
-        for same in zip(*self.parameters, strict=True):
-            for p in same[1:]:
-                p.data = same[0].data  # what it is already, unless somebody gave the model's parameter another array
-
-        def call(rank: int) -> Result:
-            autograd.use(settings)
-            registry.use_twins(twins)
-            random.seed(*rng)
-            return work(rank)
-
-        # A copy of the context takes NumPy's errstate along.
-        futures = [thread.submit(contextvars.copy_context(), call, rank) for rank, thread in enumerate(self._threads)]
-        wait(futures)
+            return [contextvars.copy_context().run(work, 0)]
+        for p, *copies in zip(self.model.parameters(), *self.parameters, strict=True):
+            for copied in copies:
+                copied.data = p.data  # what it is already, unless somebody gave the model's parameter another array
+        futures = [thread.submit(contextvars.copy_context(), work, rank) for rank, thread in enumerate(self._threads)]
+        try:
+            wait(futures)
+        except BaseException:
+            for thread in self._threads:
+                thread.jobs.put(None)
+            self._threads = [_Thread() for _ in range(self.size)]
+            self._replicate()
+            raise
         return [future.result() for future in futures]
 
     def gradient(self, work: Callable[[int, Any], Result]) -> list[Result]:
-        """[work(rank, model) ...], each of which adds to its model's gradients; they are summed into the first's."""
-        for model in self.models[1:]:
-            model.zero_grad()
-        results = self.run(lambda rank: work(rank, self.models[rank]))
+        """[work(rank, model) ...], each of which adds to its model's gradients; their sums are added to the model's."""
+        if self.size > 1:
+            for model in self.models:
+                model.zero_grad()
+        models = self.models
+        results = self.run(lambda rank: work(rank, models[rank]))
         with np.errstate(over="ignore", invalid="ignore"):  # as in the gradients: whoever reads the sums looks for it
             sums = self.reducer.sum_([[p.grad for p in own] for own in self.parameters])
-        for p, grad in zip(self.parameters[0], sums, strict=True):
-            p.grad = grad
+            for p, grad in zip(self.model.parameters(), sums, strict=True):
+                if self.size == 1 or p.grad is None:
+                    p.grad = grad
+                elif grad is not None:
+                    p.grad = p.grad + grad
         return results
 
     def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:

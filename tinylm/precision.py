@@ -18,19 +18,22 @@ On a CPU float16 is emulated: products are formed in float32 and rounded. That s
 faster.
 """
 
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
 
-from . import autograd, ops
-from .array import Array, array_module, is_array
+from . import ops
+from .array import Array, all_finite, is_array
 from .optim import AdamW
+from .registry import replaceable
+from .settings import Block
 from .tensor import Tensor
 
 
-def autocast(dtype: Any = "float16", enabled: bool = True) -> AbstractContextManager[None]:
-    """Inside, the ops that multiply matrices or look up embeddings cast their floating inputs to `dtype` (float16).
+def autocast(dtype: Any = "float16", enabled: bool = True) -> Block:
+    """Inside, the ops that multiply matrices cast their floating inputs to `dtype` (float16), embeddings their output.
 
     The cast is recorded, and its backward returns the dtype of what was cast: a float32 parameter keeps its
     float32 gradient. All other ops go on in the dtype that they are given; losses are float32.
@@ -44,7 +47,7 @@ def autocast(dtype: Any = "float16", enabled: bool = True) -> AbstractContextMan
         data = x.data if isinstance(x, Tensor) else x
         return ops.cast(x, dtype) if is_array(data) and data.dtype.kind == "f" else x
 
-    return autograd.switch("autocast", cast if enabled and dtype == np.float16 else None)
+    return Block(autocast=cast if enabled and dtype == np.float16 else None)
 
 
 class GradScaler:
@@ -84,18 +87,24 @@ class GradScaler:
         return ops.cast(loss, np.float32) * self._scale if self.enabled else loss
 
     def unscale_(self, optimizer: AdamW) -> None:
-        """Divide the gradients by the scale, and look once whether all are finite. Once a step, before clipping."""
+        """Divide the gradients by the scale, and look once whether all are finite. Once a step, before clipping.
+
+        Raises RuntimeError for a second call in a step, and where no parameter has a gradient; ValueError for float16
+        gradients: the weights should be float32.
+        """
         if not self.enabled:
             return
         if self._found_inf is not None:
             raise RuntimeError("GradScaler.unscale_ was already called in this step; call update() after step()")
         grads = [p.grad for p in optimizer.parameters() if p.grad is not None]
-        for g in grads:
-            g *= 1 / self._scale
-        self._found_inf = not all_finite(grads)
+        if not grads:
+            raise RuntimeError("GradScaler.unscale_: no parameter of the optimizer has a gradient; call backward() first")
+        if any(g.dtype == np.float16 for g in grads):
+            raise ValueError("GradScaler.unscale_: gradients of float16 weights; keep the weights in float32")
+        self._found_inf = not unscale(grads, 1 / self._scale)
 
-    def step(self, optimizer: AdamW) -> bool:
-        """optimizer.step(), unless a gradient is not finite; returns whether it took place."""
+    def step(self, optimizer: AdamW, coefficient: Any = 1.0) -> bool:
+        """optimizer.step(coefficient), unless a gradient is not finite; returns whether it took place."""
         if self.enabled and self._stepped:
             raise RuntimeError("GradScaler.step was already called in this step; call update() after step()")
         if self.enabled and self._found_inf is None:
@@ -103,7 +112,7 @@ class GradScaler:
         self._stepped = True
         if self._found_inf:
             return False
-        optimizer.step()
+        optimizer.step(coefficient)
         return True
 
     def update(self) -> None:
@@ -142,11 +151,9 @@ class GradScaler:
         self._good_steps = state["_growth_tracker"]
 
 
-def all_finite(arrays: list[Array]) -> bool:
-    """Whether no array holds a NaN or an infinity; asks the device for one answer."""
-    if not arrays:
-        return True
-    xp = array_module(arrays[0])
-    # A maximum hands NaN on, and finds an infinity; unlike a sum it cannot overflow.
-    extremes = [f(a) for a in arrays if a.size for f in (xp.max, xp.min)]
-    return bool(xp.isfinite(xp.stack(extremes)).all()) if extremes else True
+@replaceable
+def unscale(grads: Sequence[Array], factor: float) -> bool:
+    """Multiply every gradient by `factor`, in place; returns whether all are finite."""
+    for g in grads:
+        g *= factor
+    return all_finite(grads)

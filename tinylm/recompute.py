@@ -3,25 +3,28 @@
 from collections.abc import Callable
 from typing import Any
 
-from . import autograd, random
-from .array import array_module
-from .autograd import Op
+from . import autograd, random, registry, settings
+from .autograd import Unfolding, Walk
 from .tensor import Tensor
 
 
-class Checkpoint(Op):
-    """Forward runs `fn` without recording and saves its inputs alone; backward runs it again, recorded, and walks that.
+class Recompute(Unfolding):
+    """Forward runs `fn` without recording and saves its inputs alone; backward runs it again, recorded.
 
-    The second run draws the same dropout masks and casts as the first, so the gradients are the same to the bit.
-    Parameters that `fn` uses get their gradients directly; the op returns those of its inputs.
+    The new graph begins where the inputs came from, so the walk goes on through it as if it had been recorded the first
+    time: every gradient is added up in the same order, bit for bit. The second run has the dropout masks, the casts, the
+    engines and the overrides of the first.
     """
 
-    takes_none = True  # zeros would flow into parameters that get no gradient at all
+    half = "as it is"
 
     fn: Callable[..., Any]  # of Tensors
-    settings: tuple[Any, ...]  # the randomness and the autocast of the first run
+    record: settings.Settings
+    engines: tuple[str, ...]
+    random: tuple[int, int, int]
 
     def forward(self, *arrays):
+        self.record, self.engines, self.random = settings.current(), registry.engines_in_force(), random.state()
         self.save(*arrays)
         with autograd.no_grad():
             y = self.fn(*(Tensor(a) for a in arrays))
@@ -29,40 +32,38 @@ class Checkpoint(Op):
             raise TypeError(f"fn must return a Tensor or a tuple of Tensors, not {wrong[0]}")
         return tuple(t.data for t in y) if isinstance(y, tuple) else y.data
 
-    def backward(self, *dys):
-        inputs = [Tensor(a, requires_grad=need) for a, need in zip(self.saved, self.needs, strict=True)]
-        rng, autocast = self.settings
-        now = random.state()
-        random.seed(*rng)
+    def unfold(self, walk: Walk, dys: list[Any]) -> None:
+        inputs = [
+            Tensor(a) if parent is None else parent if isinstance(parent, Tensor) else Tensor._of(a, parent, slot)
+            for a, parent, slot in zip(self.saved, self.parents or (), self.slots, strict=True)
+        ]
+        now, state = settings.current(), random.state()
+        first = next(autograd.creation)
+        again = {"recording": True, "anomaly": now.anomaly, "tracker": now.tracker, "engines": self.engines}
+        random.seed(*self.random)
         try:
-            with autograd.enable_grad(), autograd.switch("autocast", autocast):
+            with settings.Restored(self.record, **again):
                 y = _tuple(self.fn(*inputs))
         finally:
-            random.seed(*now)
+            random.seed(*state)
         # An output that depends on nothing differentiable has no graph to walk.
         roots = [(t, dy) for t, dy in zip(y, dys, strict=True) if t.requires_grad and dy is not None]
-        del y
-        if any(op.order < self.order for op in autograd.reachable([t.op for t, _ in roots if t.op is not None])):
+        new = autograd.reachable([t.op for t, _ in roots if t.op is not None], since=first)
+        used = {x for op in new for x in op.parents or ()} | {t.op or t for t, _ in roots}
+        if {x for x in used if isinstance(x, autograd.Op)} - {*new, *(self.parents or ())}:
             raise RuntimeError(
                 "checkpoint: fn uses a tensor that was computed outside of it and requires a gradient; "
                 "pass it to checkpoint as an input"
             )
-        # The sums go on from where the inputs' gradients stand: added up in another order they would round differently.
-        for x, parent, slot in zip(inputs, self.parents or (), self.slots, strict=True):
-            if parent is not None:
-                x.grad = autograd.take_gradient(parent, slot)
-        autograd.backward([t for t, _ in roots], [dy for _, dy in roots])
-        return tuple(_gradient(x) if x.requires_grad else None for x in inputs)
+        del inputs, y
+        walk.begin(roots, since=first)
 
 
 def _tuple(y: Any) -> tuple[Any, ...]:
     return y if isinstance(y, tuple) else (y,)
 
 
-def _gradient(x: Tensor) -> Any:
-    return array_module(x.data).zeros_like(x.data) if x.grad is None else x.grad
-
-
+@registry.replaceable
 def checkpoint(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
     """fn(*inputs, **kwargs), saving only the tensors among the inputs instead of all that happens inside.
 
@@ -94,7 +95,6 @@ def checkpoint(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
         now = {**others, **{place: x for group, x in zip(groups, tensors, strict=True) for place in group}}
         return fn(*(now[i] for i in range(n)), **{name: now[name] for name in places[n:]})
 
-    settings = (random.state(), autograd.current("autocast"))
-    y = Checkpoint.apply(*places_of, fn=call, settings=settings)
+    y = Recompute.apply(*places_of, fn=call)
     whole = tuple(t if t.dtype.kind == "f" else t.detach() for t in _tuple(y))  # integers have no gradient
     return whole if isinstance(y, tuple) else whole[0]

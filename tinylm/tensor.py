@@ -3,13 +3,14 @@
 The operators and methods are the functions of `tinylm.ops`, under the names that NumPy and PyTorch use.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from . import autograd, ops
-from .array import Array, array_module, device_of, is_array, to_device
+from .array import Array, array_module, device_of, is_array, plain, to_device
 
 
 class Tensor:
@@ -18,6 +19,9 @@ class Tensor:
     `data` is the raw array (NumPy or CuPy; its device is the tensor's device) and `grad` the raw array of the
     same shape and dtype that backward fills, on leaves that require a gradient. Lists and Python floats
     become float32, or `dtype`; arrays keep their dtype. A tensor of integers or booleans has no gradient.
+
+    `Tensor(array)` shares the array's memory; `tensor(array)` and `Parameter(array)` copy it. Raises TypeError for what
+    is no array of numbers (np.matrix and masked arrays among it).
     """
 
     __slots__ = ("__weakref__", "data", "grad", "op", "requires_grad", "slot")
@@ -32,7 +36,9 @@ class Tensor:
     def __init__(self, data: Any, dtype: Any = None, device: str | None = None, requires_grad: bool = False):
         if isinstance(data, Tensor):
             data = data.data
-        if not is_array(data):
+        if is_array(data):
+            data = plain(data)
+        else:
             if dtype is None and not isinstance(data, np.generic) and np.asarray(data).dtype == np.float64:
                 dtype = np.float32
             data = np.asarray(data)
@@ -165,12 +171,19 @@ class Tensor:
         self.requires_grad = requires_grad
         return self
 
-    def clone(self) -> "Tensor":
-        """A copy with memory of its own, through which gradients flow."""
-        return ops.clone(self)
-
     def zero_grad(self) -> None:
         self.grad = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Tensor":
+        """A leaf with memory of its own. Raises RuntimeError for a tensor that an op made: its graph is not copied."""
+        if self.op is not None:
+            raise RuntimeError(
+                f"only leaves can be deep-copied; this tensor was made by {self.op.name()} (detach() or clone() it)"
+            )
+        other = copy.copy(self)
+        other.data, other.grad = self.data.copy(), None if self.grad is None else self.grad.copy()
+        memo[id(self)] = other
+        return other
 
     # --- where and as what ------------------------------------------------------------------------------------
 
@@ -188,9 +201,6 @@ class Tensor:
     def cuda(self) -> "Tensor":
         return self.to("cuda")
 
-    def astype(self, dtype: Any) -> "Tensor":
-        return ops.cast(self, dtype)
-
     def half(self) -> "Tensor":
         return ops.cast(self, np.float16)
 
@@ -202,47 +212,32 @@ class Tensor:
 
     # --- operators --------------------------------------------------------------------------------------------
 
-    def __add__(self, other: Any) -> "Tensor":
-        return ops.add(self, other)
+    __add__ = ops.add
+    __sub__ = ops.sub
+    __mul__ = ops.mul
+    __truediv__ = ops.div
+    __pow__ = ops.pow
+    __matmul__ = ops.matmul
+    __neg__ = ops.neg
+    __getitem__ = ops.index
 
     def __radd__(self, other: Any) -> "Tensor":
         return ops.add(other, self)
 
-    def __sub__(self, other: Any) -> "Tensor":
-        return ops.sub(self, other)
-
     def __rsub__(self, other: Any) -> "Tensor":
         return ops.sub(other, self)
-
-    def __mul__(self, other: Any) -> "Tensor":
-        return ops.mul(self, other)
 
     def __rmul__(self, other: Any) -> "Tensor":
         return ops.mul(other, self)
 
-    def __truediv__(self, other: Any) -> "Tensor":
-        return ops.div(self, other)
-
     def __rtruediv__(self, other: Any) -> "Tensor":
         return ops.div(other, self)
-
-    def __pow__(self, exponent: Any) -> "Tensor":
-        return ops.pow(self, exponent)
-
-    def __matmul__(self, other: Any) -> "Tensor":
-        return ops.matmul(self, other)
 
     def __rmatmul__(self, other: Any) -> "Tensor":
         return ops.matmul(other, self)
 
-    def __neg__(self) -> "Tensor":
-        return ops.neg(self)
-
     def __pos__(self) -> "Tensor":
         return self
-
-    def __getitem__(self, index: Any) -> "Tensor":
-        return ops.index(self, index)
 
     # Comparisons give tensors of booleans, outside the graph.
 
@@ -264,90 +259,38 @@ class Tensor:
     def __ge__(self, other: Any) -> "Tensor":
         return Tensor(self.data >= _raw(other))
 
-    # --- element-wise -----------------------------------------------------------------------------------------
+    # --- the operations: the functions of `tinylm.ops` themselves -----------------------------------------------
 
-    def exp(self) -> "Tensor":
-        return ops.exp(self)
+    exp = ops.exp
+    log = ops.log
+    sqrt = ops.sqrt
+    tanh = ops.tanh
+    relu = ops.relu
+    gelu = ops.gelu
+    pow = ops.pow
+    maximum = ops.maximum
+    clone = ops.clone
+    astype = ops.cast
 
-    def log(self) -> "Tensor":
-        return ops.log(self)
+    sum = ops.sum
+    mean = ops.mean
+    max = ops.max
+    var = ops.var
+    logsumexp = ops.logsumexp
+    softmax = ops.softmax
+    log_softmax = ops.log_softmax
+    matmul = ops.matmul
 
-    def sqrt(self) -> "Tensor":
-        return ops.sqrt(self)
-
-    def tanh(self) -> "Tensor":
-        return ops.tanh(self)
-
-    def relu(self) -> "Tensor":
-        return ops.relu(self)
-
-    def gelu(self) -> "Tensor":
-        return ops.gelu(self)
-
-    def pow(self, exponent: Any) -> "Tensor":
-        return ops.pow(self, exponent)
-
-    def maximum(self, other: Any) -> "Tensor":
-        return ops.maximum(self, other)
-
-    # --- reductions and softmax -------------------------------------------------------------------------------
-
-    def sum(self, axis: Any = None, keepdims: bool = False) -> "Tensor":
-        return ops.sum(self, axis, keepdims)
-
-    def mean(self, axis: Any = None, keepdims: bool = False) -> "Tensor":
-        return ops.mean(self, axis, keepdims)
-
-    def max(self, axis: Any = None, keepdims: bool = False) -> "Tensor":
-        return ops.max(self, axis, keepdims)
-
-    def var(self, axis: Any = None, keepdims: bool = False, ddof: int = 0) -> "Tensor":
-        return ops.var(self, axis, keepdims, ddof)
-
-    def logsumexp(self, axis: Any = None, keepdims: bool = False) -> "Tensor":
-        return ops.logsumexp(self, axis, keepdims)
-
-    def softmax(self, axis: int = -1) -> "Tensor":
-        return ops.softmax(self, axis)
-
-    def log_softmax(self, axis: int = -1) -> "Tensor":
-        return ops.log_softmax(self, axis)
-
-    def matmul(self, other: Any) -> "Tensor":
-        return ops.matmul(self, other)
-
-    # --- shape ------------------------------------------------------------------------------------------------
-
-    def reshape(self, *shape: Any) -> "Tensor":
-        return ops.reshape(self, *shape)
-
-    view = reshape
-
-    def flatten(self) -> "Tensor":
-        return ops.reshape(self, -1)
-
-    def transpose(self, *axes: Any) -> "Tensor":
-        return ops.transpose(self, *axes)
-
-    permute = transpose
-
-    @property
-    def T(self) -> "Tensor":
-        return ops.transpose(self)
-
-    def swapaxes(self, axis1: int, axis2: int) -> "Tensor":
-        return ops.swapaxes(self, axis1, axis2)
-
-    def expand_dims(self, axis: Any) -> "Tensor":
-        return ops.expand_dims(self, axis)
-
-    unsqueeze = expand_dims
-
-    def squeeze(self, axis: Any = None) -> "Tensor":
-        return ops.squeeze(self, axis)
-
-    def split(self, sections: Any, axis: int = 0) -> tuple["Tensor", ...]:
-        return ops.split(self, sections, axis)
+    reshape = view = ops.reshape
+    flatten = ops.flatten
+    transpose = ops.transpose
+    permute = ops.permute
+    T = property(ops.transpose)
+    swapaxes = ops.swapaxes
+    expand_dims = unsqueeze = ops.expand_dims
+    squeeze = ops.squeeze
+    split = ops.split
+    chunk = ops.chunk
 
 
 def _raw(x: Any) -> Any:
@@ -359,5 +302,13 @@ def _comparable(x: Any) -> bool:
 
 
 def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_grad: bool = False) -> Tensor:
-    """A Tensor of a list, number or array; see `Tensor`."""
-    return Tensor(data, dtype, device, requires_grad)
+    """A Tensor with memory of its own, of a list, number, array or Tensor; see `Tensor`."""
+    return owned(Tensor(data, dtype, device, requires_grad), data)
+
+
+def owned(new: Tensor, given: Any) -> Tensor:
+    """`new`, made of `given`, with memory of its own."""
+    given = _raw(given)
+    if is_array(given) and (new.data is given or new.data.base is not None):
+        new.data = new.data.copy(order="K") if isinstance(given, np.ndarray) else new.data.copy()
+    return new

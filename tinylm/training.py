@@ -9,11 +9,11 @@ from time import perf_counter
 import numpy as np
 
 from . import random
-from .array import array_module, to_device
+from .array import all_finite, to_device
 from .autograd import detect_anomaly, no_grad
 from .data import get_batch
 from .gpt import GPT
-from .optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
+from .optim import AdamW, clip, decay_groups, warmup_cosine
 from .parallel import Workers
 from .precision import GradScaler, autocast
 
@@ -111,7 +111,7 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
             loss = batch_gradient(state, train_tokens, workers)
             loss_scale = scaler.get_scale()
             scaler.unscale_(optimizer)
-            grad_norm = clip_grad_norm_(optimizer.parameters(), config.clip or math.inf)
+            grad_norm, coefficient = clip(optimizer.parameters(), config.clip or math.inf)
             # With loss scaling a gradient may overflow: the scaler skips the step and halves the scale, while it can.
             overflow_is_normal = scaler.enabled and loss_scale > 1
             if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflow_is_normal)):
@@ -125,7 +125,7 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
             # The update.
             lr = warmup_cosine(state.step, config.steps, config.lr, config.warmup, config.min_lr)
             optimizer.set_lr(lr)
-            scaler.step(optimizer)
+            scaler.step(optimizer, coefficient)
             scaler.update()
             state.step += 1
 
@@ -181,7 +181,7 @@ def batch_gradient(state: TrainState, tokens: np.ndarray, workers: Workers) -> f
 def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
     """Where the first value that is not finite is: a parameter, or an op while `compute` runs. Empty if nowhere."""
     for name, p in model.named_parameters():
-        if not bool(array_module(p.data).isfinite(p.data).all()):
+        if not all_finite([p.data]):
             return f"parameter {name} is not finite before the step"
     try:
         with detect_anomaly():

@@ -1,46 +1,58 @@
-"""Faster twins of ops, equal to the readable reference and used in its place once `load()` was called.
+"""Faster twins of ops and functions, equal to the readable reference, by engine:
 
-On a CPU `load()` takes what is installed: loops compiled by numba (pip install "tinylm[fast]"), and MKL's matrix
-product where it is faster than NumPy's ("tinylm[mkl]"). Without them, and inside `with reference_only():`, the
-reference runs.
+    blocked   attention a block of queries at a time, in NumPy or CuPy
+    numba     loops compiled for the CPU (pip install "tinylm[fast]")
+    mkl       Intel MKL's matrix product ("tinylm[mkl]")
+
+None is in force until `load()` was called, and none inside `with reference_only():`.
 """
 
+import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 from .. import registry
-from ..parallel import available_cores
-from . import mkl
+
+ENGINES = {"numba": "tinylm[fast]", "mkl": "tinylm[mkl]", "blocked": "tinylm"}  # what to install for each; best first
 
 
 def load(
-    tell: Callable[[str], None] = lambda message: print(message, file=sys.stderr),
-    threads: int | None = None,
-    use_mkl: bool | None = None,
-) -> list[str]:
-    """Put the twins in force, in every thread; returns which: 'numba', 'mkl', both or neither.
+    *names: str, tell: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
+) -> tuple[str, ...]:
+    """Put engines in force, in every thread: those named, or all that are installed. Returns them, the first first.
 
-    The first time on a machine numba compiles its loops, which is told; afterwards they come from the disk. Without
-    numba it tells what to install. Whether MKL pays is found out by a race, beside `threads` workers (default: the
-    cores); a run that goes on must go on as it began, and says so by `use_mkl`.
+    The first time on a machine numba compiles its loops, which is told; afterwards they come from the disk. Without a
+    name, it tells what to install for the speed that is missing. Raises ValueError for an engine that is unknown or
+    not installed. `load("reference")` puts none in force.
     """
+    if names == ("reference",):
+        registry.set_default_engines()
+        return ()
     loaded = []
-    first = "tinylm.fused.cpu" not in sys.modules
-    try:
-        from . import cpu  # importing it registers its twins; it compiles nothing yet
-    except ImportError as error:
-        tell(f'note: pip install "tinylm[fast]" brings compiled loops that make training on a CPU faster ({error})')
-    else:
-        if first and not _compiled(Path(cpu.kernels.gelu.stats.cache_path)):
-            tell("compiling the fused loops, once; this takes some seconds")
-        loaded.append("numba")
-    if use_mkl is not False and (library := mkl.find()):
-        sgemm = mkl.Sgemm(library)
-        if use_mkl or sgemm.pays(threads or available_cores()):
-            registry.register_kernel("sgemm", sgemm)
-            loaded.append("mkl")
-    return loaded
+    for name in names or ENGINES:
+        if name not in ENGINES:
+            raise ValueError(f"there is no engine {name!r}; there are reference, {', '.join(ENGINES)}")
+        try:
+            _register(name, tell)
+        except ImportError as error:
+            remedy = f'pip install "{ENGINES[name]}"'
+            if names:
+                raise ValueError(f"engine {name!r} is not installed ({error}): {remedy}") from None
+            if name == "numba":
+                tell(f"note: {remedy} brings compiled loops that make training on a CPU faster ({error})")
+        else:
+            loaded.append(name)
+    registry.set_default_engines(*loaded)
+    return tuple(loaded)
+
+
+def _register(name: str, tell: Callable[[str], None]) -> None:
+    """Import an engine's module, which registers its twins. Raises ImportError where it is not installed."""
+    first = f"{__name__}.{name}" not in sys.modules
+    module = importlib.import_module(f".{name}", __name__)  # it compiles nothing yet
+    if first and name == "numba" and not _compiled(Path(module.kernels.gelu.stats.cache_path)):
+        tell("compiling the fused loops, once; this takes some seconds")
 
 
 def _compiled(folder: Path) -> bool:

@@ -165,9 +165,10 @@ def softmax_loss(z, targets, share, counted):
 
 
 @kernel
-def adamw(w, g, m, v, rest1, beta2, rest2, decay, step_size, rescale, eps):
-    """One AdamW update of w (n,); m and v are its moments, rest1 is 1 - beta1, rest2 1 - beta2. See optim.AdamW."""
+def adamw(w, gradient, m, v, rest1, beta2, rest2, coefficient, decay, step_size, rescale, eps):
+    """One AdamW update of w (n,); m and v are its moments, rest1 is 1 - beta1, rest2 1 - beta2. See optim.adamw."""
     for i in range(w.size):
-        m[i] += rest1 * (g[i] - m[i])
-        v[i] = beta2 * v[i] + rest2 * g[i] * g[i]
+        g = gradient[i] * coefficient
+        m[i] += rest1 * (g - m[i])
+        v[i] = beta2 * v[i] + rest2 * g * g
         w[i] = w[i] * decay - step_size * m[i] / (math.sqrt(v[i]) * rescale + eps)

@@ -10,5 +10,19 @@ from .layer_norm import layer_norm
 from .linear_cross_entropy import linear_cross_entropy
 from .matmul import linear, matmul
 from .reduce import logsumexp, max, mean, sum, var
-from .shape import broadcast_to, concatenate, expand_dims, index, reshape, split, squeeze, stack, swapaxes, transpose
+from .shape import (
+    broadcast_to,
+    chunk,
+    concatenate,
+    expand_dims,
+    flatten,
+    index,
+    permute,
+    reshape,
+    split,
+    squeeze,
+    stack,
+    swapaxes,
+    transpose,
+)
 from .softmax import log_softmax, softmax

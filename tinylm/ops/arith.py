@@ -1,19 +1,33 @@
 """Element-wise arithmetic and functions: forward above backward.
 
-The engine undoes broadcasting and type promotion (`broadcasts = True`), so each backward is just the formula.
+The engine brings the inputs to one dtype and undoes broadcasting, so each backward is just the formula.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..array import array_module
 from ..autograd import Op
 
+if TYPE_CHECKING:
+    from ..tensor import Tensor
 
-class Add(Op):
+
+class Binary(Op):
+    """Operands of one dtype that broadcast."""
+
+    promotes = slice(None)
     broadcasts = True
 
+
+class Function(Op):
+    """A function of floating numbers, element by element."""
+
+    floats = slice(None)
+
+
+class Add(Binary):
     def forward(self, a, b):
         return a + b
 
@@ -21,9 +35,7 @@ class Add(Op):
         return dy, dy
 
 
-class Sub(Op):
-    broadcasts = True
-
+class Sub(Binary):
     def forward(self, a, b):
         return a - b
 
@@ -31,9 +43,7 @@ class Sub(Op):
         return dy, -dy if self.needs[1] else None
 
 
-class Mul(Op):
-    broadcasts = True
-
+class Mul(Binary):
     def forward(self, a, b):
         self.save(a if self.needs[1] else None, b if self.needs[0] else None)
         return a * b
@@ -46,8 +56,8 @@ class Mul(Op):
         )
 
 
-class Div(Op):
-    broadcasts = True
+class Div(Binary):
+    floats = slice(None)
 
     def forward(self, a, b):
         y = a / b
@@ -90,7 +100,7 @@ class Pow(Op):
         return dy * (n * _power(x, n - 1)) if n != 0 else array_module(x).zeros_like(x)
 
 
-class Exp(Op):
+class Exp(Function):
     def forward(self, x):
         y = array_module(x).exp(x)
         self.save(y)
@@ -101,7 +111,7 @@ class Exp(Op):
         return dy * y
 
 
-class Log(Op):
+class Log(Function):
     def forward(self, x):
         self.save(x)
         return array_module(x).log(x)
@@ -111,7 +121,7 @@ class Log(Op):
         return dy / x
 
 
-class Sqrt(Op):
+class Sqrt(Function):
     def forward(self, x):
         y = array_module(x).sqrt(x)
         self.save(y)
@@ -122,7 +132,7 @@ class Sqrt(Op):
         return dy / (2 * y)
 
 
-class Tanh(Op):
+class Tanh(Function):
     def forward(self, x):
         y = array_module(x).tanh(x)
         self.save(y)
@@ -141,11 +151,11 @@ class Relu(Op):
 
     def backward(self, dy):
         (y,) = self.saved
-        return dy * (y > 0)
+        return array_module(dy).where(y <= 0, dy.dtype.type(0), dy)  # where y is NaN, dy goes on, as in PyTorch
 
 
-class Maximum(Op):
-    broadcasts = True
+class Maximum(Binary):
+    """A tie gives half of the gradient to each; beside a NaN both get all of it, as in PyTorch."""
 
     def forward(self, a, b):
         self.save(a, b)
@@ -153,11 +163,12 @@ class Maximum(Op):
 
     def backward(self, dy):
         a, b = self.saved
-        half_of_ties = 0.5 * (a == b)
-        return dy * ((a > b) + half_of_ties), dy * ((b > a) + half_of_ties)
+        share = 1 - 0.5 * (a == b)
+        return dy * (share * ~(a < b)), dy * (share * ~(b < a))
 
 
 class Where(Op):
+    promotes = slice(1, None)
     broadcasts = True
 
     def forward(self, condition, a, b):
@@ -172,17 +183,20 @@ class Where(Op):
 
 
 class Cast(Op):
+    half = "as it is"
     dtype: np.dtype
 
     def forward(self, x):
-        self.was = x.dtype
+        self.came = x.dtype
         return x.astype(self.dtype)
 
     def backward(self, dy):
-        return dy.astype(self.was)
+        return dy.astype(self.came)
 
 
 class Clone(Op):
+    half = "as it is"
+
     def forward(self, x):
         return x.copy()
 
@@ -190,32 +204,32 @@ class Clone(Op):
         return dy
 
 
-def add(a, b):
+def add(a: Any, b: Any) -> "Tensor":
     """a + b, broadcasting."""
     return Add.apply(a, b)
 
 
-def sub(a, b):
+def sub(a: Any, b: Any) -> "Tensor":
     """a - b, broadcasting."""
     return Sub.apply(a, b)
 
 
-def mul(a, b):
+def mul(a: Any, b: Any) -> "Tensor":
     """a * b element by element, broadcasting."""
     return Mul.apply(a, b)
 
 
-def div(a, b):
-    """a / b, broadcasting."""
+def div(a: Any, b: Any) -> "Tensor":
+    """a / b, broadcasting; of integers float32."""
     return Div.apply(a, b)
 
 
-def neg(x):
+def neg(x: Any) -> "Tensor":
     """-x."""
     return Neg.apply(x)
 
 
-def pow(x, exponent: float):
+def pow(x: Any, exponent: float) -> "Tensor":
     """x ** exponent for a number `exponent`; at exponent 0 the gradient is zero everywhere.
 
     Raises TypeError for an exponent that is not a number: write exp(log(x) * exponent) for a tensor.
@@ -224,40 +238,43 @@ def pow(x, exponent: float):
         raise TypeError(
             f"pow takes a number as exponent, not {type(exponent).__name__}; for a tensor write exp(log(x) * n)"
         )
-    return Pow.apply(x, exponent=exponent.item() if isinstance(exponent, np.generic) else exponent)
+    exponent = exponent.item() if isinstance(exponent, np.generic) else exponent
+    if isinstance(exponent, float) and getattr(x, "dtype", np.dtype(float)).kind != "f":
+        x = cast(x, np.float32)
+    return Pow.apply(x, exponent=exponent)
 
 
-def exp(x):
+def exp(x: Any) -> "Tensor":
     """e ** x."""
     return Exp.apply(x)
 
 
-def log(x):
+def log(x: Any) -> "Tensor":
     """Natural logarithm."""
     return Log.apply(x)
 
 
-def sqrt(x):
+def sqrt(x: Any) -> "Tensor":
     """Square root; the gradient at 0 is infinite."""
     return Sqrt.apply(x)
 
 
-def tanh(x):
+def tanh(x: Any) -> "Tensor":
     """Hyperbolic tangent."""
     return Tanh.apply(x)
 
 
-def relu(x):
+def relu(x: Any) -> "Tensor":
     """max(x, 0); the gradient at 0 is 0."""
     return Relu.apply(x)
 
 
-def maximum(a, b):
+def maximum(a: Any, b: Any) -> "Tensor":
     """The larger of a and b element by element, broadcasting; a tie gives half of the gradient to each."""
     return Maximum.apply(a, b)
 
 
-def where(condition, a, b):
+def where(condition: Any, a: Any, b: Any) -> "Tensor":
     """a where `condition` holds, else b, broadcasting. `condition` is a boolean tensor or array.
 
     The side that was not taken gets a gradient of exactly zero, even where dy is infinite.
@@ -265,7 +282,7 @@ def where(condition, a, b):
     return Where.apply(condition, a, b)
 
 
-def cast(x, dtype: Any):
+def cast(x: Any, dtype: Any) -> "Tensor":
     """`x` in another dtype; the gradient comes back in x's own. Raises TypeError for casting a gradient away."""
     dtype = np.dtype(dtype)
     if getattr(x, "requires_grad", False) and dtype.kind != "f":
@@ -273,6 +290,6 @@ def cast(x, dtype: Any):
     return x if x.dtype == dtype else Cast.apply(x, dtype=dtype)
 
 
-def clone(x):
+def clone(x: Any) -> "Tensor":
     """A copy of `x` with memory of its own."""
     return Clone.apply(x)

@@ -1,9 +1,15 @@
 """Cross-entropy of logits and integer targets, softmax included: one op, stable, one buffer."""
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
-from ..array import array_module, wide
+from ..array import array_module
 from ..autograd import Op
+from .matmul import rows
+
+if TYPE_CHECKING:
+    from ..tensor import Tensor
 
 
 class CrossEntropy(Op):
@@ -13,20 +19,22 @@ class CrossEntropy(Op):
     nobody else has seen; backward turns this same buffer into dx and hands it over.
     """
 
+    floats = slice(1)
+    half = "loss"
     ignore_index: int
     reduction: str
 
     def forward(self, logits, targets):
         xp = array_module(logits)
-        self.was, self.dtype = logits.shape, logits.dtype
+        self.shape = logits.shape
         t, counted = check_targets(targets, logits.shape, self.ignore_index)
-        x = logits.reshape(-1, logits.shape[-1]).astype(wide(logits.dtype), copy=False)  # (N, V)
+        x = rows(logits)  # (N, V)
         each = xp.arange(len(t))
         e = x - x.max(axis=1, keepdims=True)  # x - max: exp cannot overflow, and one term is exp(0) = 1
         chosen = e[each, t]
         xp.exp(e, out=e)
         total = e.sum(axis=1)
-        loss = xp.where(counted, xp.log(total) - chosen, xp.zeros_like(total))
+        loss = xp.where(counted, xp.log(total) - chosen, 0).astype(e.dtype, copy=False)
 
         weight = counted.astype(e.dtype)
         if self.reduction == "mean":
@@ -36,18 +44,17 @@ class CrossEntropy(Op):
 
     def backward(self, dy):
         e, total, t, weight = self.saved
-        xp = array_module(e)
         weight = weight * dy.reshape(-1)
         e *= (weight / total)[:, None]  # softmax(x) * dloss, in place
-        e[xp.arange(len(t)), t] -= weight
-        return e.reshape(self.was).astype(self.dtype, copy=False), None
+        e[array_module(e).arange(len(t)), t] -= weight
+        return e.reshape(self.shape), None
 
 
 def check_targets(targets, shape, ignore_index):
     """Flat targets (N,), 0 where they are ignored, and which of them count (N,), for logits of `shape`."""
+    if not shape or targets.shape != shape[:-1] or targets.dtype.kind not in "iu":
+        raise ValueError(f"targets must be integers of shape {shape[:-1]} for logits of shape {shape}")
     V = shape[-1]
-    if targets.shape != shape[:-1] or targets.dtype.kind not in "iu":
-        raise ValueError(f"targets must be integers of shape {shape[:-1]}")
     t = targets.reshape(-1)
     counted = t != ignore_index
     t = array_module(t).where(counted, t, 0)
@@ -57,7 +64,7 @@ def check_targets(targets, shape, ignore_index):
     return t, counted
 
 
-def cross_entropy(logits, targets, ignore_index: int = -100, reduction: str = "mean"):
+def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100, reduction: str = "mean") -> "Tensor":
     """Negative log-likelihood of `targets` (...) under softmax(`logits`) (..., V); float32 for float16 logits.
 
     Positions whose target is `ignore_index` count for nothing. `reduction`: 'mean' over the counted positions

@@ -1,19 +1,30 @@
 """Dropout (Srivastava et al., 2014), inverted: what is kept is scaled up, so that nothing changes at evaluation."""
 
+from typing import TYPE_CHECKING, Any
+
 from .. import random
 from ..array import Array
 from ..autograd import Op
 
+if TYPE_CHECKING:
+    from ..tensor import Tensor
 
-def keep_mask(key: random.Key, shape: tuple[int, ...], p: float, like: Array) -> Array:
-    """1 / (1 - p) where an element is kept and 0 where it is dropped: the same whenever the key is the same."""
-    kept = random.uniform(key, shape, like) >= p
+
+def keep_mask(
+    key: random.Key, shape: tuple[int, ...], p: float, like: Array, rows: tuple[int, int] | None = None
+) -> Array:
+    """1 / (1 - p) where an element is kept and 0 where it is dropped: the same whenever the key is the same.
+
+    With `rows` = (start, end), only those along axis 1.
+    """
+    kept = random.uniform(key, shape, like, rows) >= p
     return kept.astype(like.dtype) * (1 / (1 - p))
 
 
 class Dropout(Op):
     """y = x * mask. The mask is not saved: backward draws it again from its key."""
 
+    floats = slice(None)
     p: float
     key: random.Key
 
@@ -24,7 +35,7 @@ class Dropout(Op):
         return dy * keep_mask(self.key, dy.shape, self.p, dy)
 
 
-def dropout(x, p: float, training: bool = True):
+def dropout(x: Any, p: float, training: bool = True) -> "Tensor":
     """Zero each element of `x` with probability `p` and scale the others by 1 / (1 - p); `x` itself if not `training`.
 
     Raises ValueError unless 0 <= p < 1.

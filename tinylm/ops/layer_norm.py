@@ -1,7 +1,13 @@
 """Layer normalisation over the last axis (Ba, Kiros & Hinton, 2016)."""
 
-from ..array import array_module, wide
+from typing import TYPE_CHECKING, Any
+
+from ..array import array_module
 from ..autograd import Op
+from .matmul import rows
+
+if TYPE_CHECKING:
+    from ..tensor import Tensor
 
 
 class LayerNorm(Op):
@@ -11,52 +17,34 @@ class LayerNorm(Op):
     the mean, the third because it moves the variance.
     """
 
+    floats = slice(None)
     eps: float
 
     def forward(self, x, weight, bias):
         self.check(x, weight, bias)
-        xp = array_module(x)
-        C = x.shape[-1]
-        x2 = x.reshape(-1, C).astype(wide(x.dtype), copy=False)  # (N, C)
-        xhat = x2 - x2.mean(axis=1, keepdims=True)
-        var = row_dot(xhat, xhat) / C
-        rstd = 1 / xp.sqrt(var + self.eps)  # (N, 1)
+        xhat = x - x.mean(axis=-1, keepdims=True)
+        rstd = 1 / array_module(x).sqrt((xhat * xhat).mean(axis=-1, keepdims=True) + self.eps)
         xhat *= rstd
+        self.save(xhat, rstd, weight)
         y = xhat * weight
-        if bias is not None:
-            y += bias
-        self.save(xhat.astype(x.dtype, copy=False), rstd, weight)
-        return y.reshape(x.shape).astype(x.dtype, copy=False)
-
-    def check(self, x, weight, bias):
-        C = x.shape[-1]
-        if weight.shape != (C,) or (bias is not None and bias.shape != (C,)):
-            raise ValueError(f"weight and bias must be of shape ({C},)")
+        return y if bias is None else y + bias
 
     def backward(self, dy):
         xhat, rstd, weight = self.saved
-        C = xhat.shape[1]
-        xhat = xhat.astype(rstd.dtype, copy=False)
-        dy2 = dy.reshape(-1, C).astype(rstd.dtype, copy=False)
-        xp = array_module(dy)
-        ones = xp.ones(len(dy2), rstd.dtype)
-        g = dy2 * xhat
-        dweight = (ones @ g).astype(weight.dtype, copy=False)
-        dbias = (ones @ dy2).astype(weight.dtype, copy=False) if self.needs[2] else None
+        g = dy * weight
+        dx = rstd * (g - g.mean(axis=-1, keepdims=True) - xhat * (g * xhat).mean(axis=-1, keepdims=True))
+        return dx, rows(dy * xhat).sum(axis=0), rows(dy).sum(axis=0) if self.needs[2] else None
 
-        xp.multiply(dy2, weight, out=g)
-        dx = xhat * (row_dot(g, xhat) / -C)
-        dx += g
-        dx -= g.mean(axis=1, keepdims=True)
-        dx *= rstd
-        return dx.reshape(dy.shape).astype(dy.dtype, copy=False), dweight, dbias
+    @staticmethod
+    def check(x, weight, bias):
+        """Raise ValueError where the three do not fit together."""
+        if x.ndim == 0 or weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
+            raise ValueError(f"weight and bias must be of shape {x.shape[-1:]}, the last axis of x")
 
 
-def row_dot(a, b):
-    """sum_c a_nc b_nc: (N, C), (N, C) -> (N, 1), without a temporary of their size."""
-    return array_module(a).einsum("nc,nc->n", a, b)[:, None]
+def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> "Tensor":
+    """Bring each row of x (..., C) to mean 0 and variance 1, scale by weight (C,), shift by bias (C,) or None.
 
-
-def layer_norm(x, weight, bias=None, eps: float = 1e-5):
-    """Bring each row of x (..., C) to mean 0 and variance 1, scale by weight (C,), shift by bias (C,) or None."""
+    Raises ValueError for a weight or bias of another shape.
+    """
     return LayerNorm.apply(x, weight, bias, eps=eps)

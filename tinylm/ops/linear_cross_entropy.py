@@ -1,11 +1,16 @@
 """The output layer and the loss in one op, a piece of the rows at a time: all the logits never exist at once."""
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
-from ..array import array_module, wide
+from ..array import array_module
 from ..autograd import Op
 from .cross_entropy import check_targets
-from .matmul import rows
+from .matmul import product, rows
+
+if TYPE_CHECKING:
+    from ..tensor import Tensor
 
 PIECE = 1 << 22  # logits at a time: 16 MiB of float32
 
@@ -15,38 +20,39 @@ class LinearCrossEntropy(Op):
 
     With G = softmax(z) - onehot(t):  dX = G W,  dW = G^T X.  Both need z, and z is (N, V): a gigabyte and more for a
     real vocabulary. But they scale with the one number dloss, so forward computes them piece by piece while it has z at
-    hand, and backward multiplies. They are held in float32, so that a scaled float16 gradient loses nothing.
+    hand, and backward multiplies.
     """
 
-    autocasts = True
+    autocasts = "inputs"
+    promotes = slice(2)
+    floats = slice(2)
+    half = "loss"
     ignore_index: int
     reduction: str
 
     def forward(self, hidden, weight, targets):
         xp = array_module(hidden)
-        if weight.ndim != 2 or hidden.shape[-1] != weight.shape[1]:
-            raise ValueError(f"weight must be (V, C) with C = {hidden.shape[-1]}")
+        if weight.ndim != 2 or hidden.shape[-1:] != weight.shape[1:]:
+            raise ValueError(f"weight must be of shape (V, C) for hidden states of shape (..., C) = {hidden.shape}")
         V = len(weight)
         t, counted = check_targets(targets, (*hidden.shape[:-1], V), self.ignore_index)
-        self.was, self.dtypes = hidden.shape, (hidden.dtype, weight.dtype)
-        dtype = wide(hidden.dtype)
-        x, w = rows(hidden).astype(dtype, copy=False), weight.astype(dtype, copy=False)
-        share = counted.astype(dtype)
+        x, self.shape = rows(hidden), hidden.shape
+        share = counted.astype(x.dtype)
         if self.reduction == "mean":
             share /= max(1, int(counted.sum()))
 
-        dx = xp.empty_like(x) if self.needs[0] else None
-        dw = xp.zeros_like(w) if self.needs[1] else None
-        loss = xp.zeros((), dtype)
+        dx = xp.empty(x.shape, x.dtype) if self.needs[0] else None
+        dw = xp.zeros(weight.shape, x.dtype) if self.needs[1] else None
+        loss = xp.zeros((), x.dtype)
         step = max(1, PIECE // V)
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            z = x[part] @ w.T  # (n, V)
+            z = product(x[part], weight.T)  # (n, V)
             loss += self.loss_and_slope(z, t[part], share[part], counted[part])
             if dx is not None:
-                xp.matmul(z, w, out=dx[part])
+                product(z, weight, out=dx[part])
             if dw is not None:
-                dw += z.T @ x[part]
+                dw += product(z.T, x[part])
         self.save(dx, dw)
         return loss
 
@@ -60,21 +66,19 @@ class LinearCrossEntropy(Op):
         total = z.sum(axis=1)
         z *= (share / total)[:, None]
         z[each, t] -= share
-        return (xp.where(counted, xp.log(total) - chosen, xp.zeros_like(total)) * share).sum()
+        return (xp.where(counted, xp.log(total) - chosen, 0) * share).sum()
 
     def backward(self, dy):
         dx, dw = self.saved
         for d in (dx, dw):
             if d is not None:
                 d *= dy
-        return (
-            dx.reshape(self.was).astype(self.dtypes[0], copy=False) if dx is not None else None,
-            dw.astype(self.dtypes[1], copy=False) if dw is not None else None,
-            None,
-        )
+        return None if dx is None else dx.reshape(self.shape), dw, None
 
 
-def linear_cross_entropy(hidden, weight, targets, ignore_index: int = -100, reduction: str = "mean"):
+def linear_cross_entropy(
+    hidden: Any, weight: Any, targets: Any, ignore_index: int = -100, reduction: str = "mean"
+) -> "Tensor":
     """cross_entropy(linear(hidden, weight), targets) for hidden (..., C), weight (V, C) and integer targets (...).
 
     The same value and gradients in a fraction of the memory. `reduction` is 'mean' (over the positions that are not

@@ -1,17 +1,19 @@
-"""Reductions: sum, mean, max, var, logsumexp. `axis` is None (all), an integer or a tuple; `keepdims` as in NumPy.
+"""Reductions: sum, mean, max, var, logsumexp. `axis` is None (all), an integer or a tuple; `keepdims` as in NumPy."""
 
-Sums over float16 are formed in float32 and rounded once.
-"""
-
+import builtins
 import math
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from ..array import array_module, wide
+from ..array import array_module
 from ..autograd import Op
 
-Axis = int | tuple[int, ...] | None
+if TYPE_CHECKING:
+    from ..tensor import Tensor
+
+Axis = int | tuple[int, ...] | list[int] | None
 
 
 class Reduction(Op):
@@ -22,59 +24,63 @@ class Reduction(Op):
 
     def measure(self, x):
         """Note x's shape, and how many elements go into one output."""
-        self.was = x.shape
+        self.shape = x.shape
         self.axes = normalize_axis_tuple(range(x.ndim) if self.axis is None else self.axis, x.ndim)
         self.kept = tuple(1 if i in self.axes else n for i, n in enumerate(x.shape))
-        self.count = x.size // (math.prod(self.kept) or 1)
+        self.count = math.prod(x.shape[i] for i in self.axes)
+
+    def total(self, x):
+        """Sum of `x` over the axes, kept as axes of length 1; integers and booleans in int64."""
+        return x.sum(axis=self.axes, keepdims=True, dtype=None if x.dtype.kind == "f" else np.int64)
+
+    def finish(self, y):
+        """`y` (axes kept) in the shape that the caller asked for."""
+        return y if self.keepdims else array_module(y).squeeze(y, axis=self.axes)
 
     def stretch(self, dy):
         """A view of `dy`, reduced shape, as x's shape."""
-        return array_module(dy).broadcast_to(dy.reshape(self.kept), self.was)
-
-    def total(self, x):
-        """Sum of `x` over the axis, kept as axes of length 1."""
-        return x.sum(axis=self.axis, keepdims=True, dtype=wide(x.dtype) if x.dtype.kind == "f" else None)
-
-    def finish(self, y, dtype):
-        """`y` (axes kept) in the shape and dtype that the caller asked for."""
-        y = y.astype(dtype, copy=False)
-        return y if self.keepdims else array_module(y).squeeze(y, axis=self.axes)
+        return array_module(dy).broadcast_to(dy.reshape(self.kept), self.shape)
 
 
 class Sum(Reduction):
     def forward(self, x):
         self.measure(x)
-        y = self.total(x)
-        return self.finish(y, x.dtype if x.dtype.kind == "f" else y.dtype)
+        return self.finish(self.total(x))
 
     def backward(self, dy):
         return self.stretch(dy)
 
 
 class Mean(Reduction):
+    floats = slice(None)
+
     def forward(self, x):
         self.measure(x)
-        return self.finish(self.total(x) / self.count, x.dtype)
+        with np.errstate(invalid="ignore"):  # of nothing the mean is 0/0
+            return self.finish(self.total(x) / self.count)
 
     def backward(self, dy):
         return self.stretch(dy / self.count)
 
 
 class Var(Reduction):
-    """mean((x - mean(x))**2), or with n - ddof in place of n."""
+    """mean((x - mean(x))**2), or with n - ddof in place of n; dx = 2 (x - mean(x)) / (n - ddof) dy."""
 
+    floats = slice(None)
     ddof: int
 
     def forward(self, x):
         self.measure(x)
-        self.divisor = self.count - self.ddof
-        centred = x - (self.total(x) / self.count).astype(x.dtype, copy=False)
-        self.save(centred)
-        return self.finish(self.total(centred * centred) / self.divisor, x.dtype)
+        self.divisor = array_module(x).asarray(builtins.max(0, self.count - self.ddof), x.dtype)  # x/0 is inf or NaN, no error
+        with np.errstate(divide="ignore", invalid="ignore"):
+            centred = x - self.total(x) / builtins.max(1, self.count)
+            self.save(centred)
+            return self.finish(self.total(centred * centred) / self.divisor)
 
     def backward(self, dy):
         (centred,) = self.saved
-        return self.stretch(dy * (2 / self.divisor)) * centred
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return self.stretch(dy * 2 / self.divisor) * centred
 
 
 class Max(Reduction):
@@ -82,61 +88,61 @@ class Max(Reduction):
 
     def forward(self, x):
         self.measure(x)
-        y = x.max(axis=self.axis, keepdims=True)
+        y = x.max(axis=self.axes, keepdims=True)
         self.save(x, y)
-        return self.finish(y, x.dtype)
+        return self.finish(y)
 
     def backward(self, dy):
         x, y = self.saved
         winners = (x == y).astype(dy.dtype)
-        return winners * self.stretch(dy.reshape(self.kept) / self.total(winners).astype(dy.dtype, copy=False))
+        with np.errstate(divide="ignore", invalid="ignore"):  # where the maximum is NaN nothing equals it
+            return winners * self.stretch(dy.reshape(self.kept) / self.total(winners))
 
 
 class LogSumExp(Reduction):
-    """log(sum(exp(x))) = m + log(sum(exp(x - m))) with m = max(x), so that nothing overflows."""
+    """log(sum(exp(x))) = m + log(sum(exp(x - m))) with m = max(x), so that nothing overflows; dx = exp(x - y) dy."""
+
+    floats = slice(None)
 
     def forward(self, x):
         xp = array_module(x)
         self.measure(x)
-        m = x.max(axis=self.axis, keepdims=True)
-        m = xp.where(xp.isfinite(m), m, xp.zeros_like(m))  # a row of -inf only: log(0) is -inf, not NaN
-        with np.errstate(divide="ignore"):
-            y = (xp.log(self.total(xp.exp(x - m))) + m).astype(x.dtype, copy=False)
+        m = x.max(axis=self.axes, keepdims=True) if self.count else xp.zeros(self.kept, x.dtype)
+        m = xp.where(xp.isinf(m), x.dtype.type(0), m)  # a row of -inf only: log(0) is -inf, not NaN
+        with np.errstate(divide="ignore", over="ignore"):
+            y = xp.log(self.total(xp.exp(x - m))) + m
         self.save(x, y)
-        return self.finish(y, x.dtype)
+        return self.finish(y)
 
     def backward(self, dy):
         x, y = self.saved
-        xp = array_module(x)
-        p = xp.exp(x - xp.where(xp.isfinite(y), y, xp.zeros_like(y)))  # softmax(x)
-        return p * self.stretch(dy)
+        with np.errstate(invalid="ignore"):  # inf - inf is NaN, as in PyTorch
+            return array_module(x).exp(x - y) * self.stretch(dy)
 
 
-def _checked(op, x, axis, **params):
-    axis = tuple(axis) if isinstance(axis, list) else axis
-    return op.apply(x, axis=axis, **params)
-
-
-def sum(x, axis: Axis = None, keepdims: bool = False):
+def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
     """Sum over `axis`; integers and booleans are counted in int64."""
-    return _checked(Sum, x, axis, keepdims=keepdims)
+    return Sum.apply(x, axis=axis, keepdims=keepdims)
 
 
-def mean(x, axis: Axis = None, keepdims: bool = False):
-    """Mean over `axis`."""
-    return _checked(Mean, x, axis, keepdims=keepdims)
+def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
+    """Mean over `axis`; of integers and booleans float32."""
+    return Mean.apply(x, axis=axis, keepdims=keepdims)
 
 
-def max(x, axis: Axis = None, keepdims: bool = False):
-    """Largest element over `axis`; ties share the gradient."""
-    return _checked(Max, x, axis, keepdims=keepdims)
+def max(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
+    """Largest element over `axis`; ties share the gradient. Raises ValueError where there is no element."""
+    return Max.apply(x, axis=axis, keepdims=keepdims)
 
 
-def var(x, axis: Axis = None, keepdims: bool = False, ddof: int = 0):
-    """Variance over `axis`: the sum of squared deviations over n - ddof (NumPy's default 0; PyTorch's is 1)."""
-    return _checked(Var, x, axis, keepdims=keepdims, ddof=ddof)
+def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> "Tensor":
+    """Variance over `axis`: the sum of squared deviations over n - ddof (NumPy's default 0; PyTorch's is 1).
+
+    NaN where ddof is n or more and there is nothing to divide, as in PyTorch.
+    """
+    return Var.apply(x, axis=axis, keepdims=keepdims, ddof=ddof)
 
 
-def logsumexp(x, axis: Axis = None, keepdims: bool = False):
+def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
     """log(sum(exp(x))) over `axis`, without overflow; -inf entries count for nothing."""
-    return _checked(LogSumExp, x, axis, keepdims=keepdims)
+    return LogSumExp.apply(x, axis=axis, keepdims=keepdims)

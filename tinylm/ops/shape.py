@@ -1,30 +1,39 @@
 """Rearranging: reshape, transpose, concatenate, split, index. Nothing here needs to save an array."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..array import array_module, device_of, is_array, scatter_add, wide
+from ..array import array_module, device_of, is_array, scatter_add
 from ..autograd import Op
 
+if TYPE_CHECKING:
+    from ..tensor import Tensor
 
-class Reshape(Op):
+
+class Moves(Op):
+    """Numbers only change their places."""
+
+    half = "as it is"
+
+
+class Reshape(Moves):
     shape: tuple[int, ...]
 
     def forward(self, x):
-        self.was = x.shape
+        self.given = x.shape
         return x.reshape(self.shape)
 
     def backward(self, dy):
-        return dy.reshape(self.was)
+        return dy.reshape(self.given)
 
 
-class Transpose(Op):
+class Transpose(Moves):
     axes: tuple[int, ...]
 
     def forward(self, x):
-        if sorted(a % x.ndim for a in self.axes) != list(range(x.ndim)):
+        if sorted(a % max(1, x.ndim) for a in self.axes) != list(range(x.ndim)):
             raise ValueError(f"axes {self.axes} must name each of {x.ndim} axes once; swapaxes(i, j) swaps just two")
         return x.transpose(self.axes)
 
@@ -33,7 +42,8 @@ class Transpose(Op):
         return dy.transpose(inverse)
 
 
-class Concatenate(Op):
+class Concatenate(Moves):
+    promotes = slice(None)
     axis: int
 
     def forward(self, *xs):
@@ -44,18 +54,20 @@ class Concatenate(Op):
         return tuple(array_module(dy).split(dy, self.ends, axis=self.axis))
 
 
-class Split(Op):
-    sections: int | list[int]
+class Split(Moves):
+    sizes: tuple[int, ...]
     axis: int
 
     def forward(self, x):
-        return tuple(array_module(x).split(x, self.sections, axis=self.axis))
+        if sum(self.sizes) != x.shape[self.axis]:
+            raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, not to {x.shape[self.axis]}")
+        return tuple(array_module(x).split(x, np.cumsum(self.sizes)[:-1].tolist(), axis=self.axis))
 
     def backward(self, *dys):
         return array_module(dys[0]).concatenate(dys, axis=self.axis)
 
 
-class BroadcastTo(Op):
+class BroadcastTo(Moves):
     broadcasts = True
     shape: tuple[int, ...]
 
@@ -66,100 +78,138 @@ class BroadcastTo(Op):
         return dy
 
 
-class Index(Op):
+class Index(Moves):
     key: tuple[Any, ...]
 
     def forward(self, x):
-        self.was = x.shape
+        self.shape = x.shape
         return x[self.key]
 
     def backward(self, dy):
         xp = array_module(dy)
-        dx = xp.zeros(self.was, wide(dy.dtype))
+        dx = xp.zeros(self.shape, dy.dtype)
         if not any(is_array(k) and k.dtype != bool for k in self.key):
             dx[self.key] = dy  # slices, integers and masks reach no element twice
         else:
             # An integer array may name an element many times, and each time adds: number the elements, index
             # the numbers, and scatter into the flat gradient.
-            flat = xp.arange(dx.size).reshape(self.was)[self.key]
-            scatter_add(dx.reshape(-1, 1), flat.reshape(-1), dy.reshape(-1, 1).astype(dx.dtype, copy=False))
-        return dx.astype(dy.dtype, copy=False)
+            flat = xp.arange(dx.size).reshape(self.shape)[self.key]
+            scatter_add(dx.reshape(-1, 1), flat.reshape(-1), dy.reshape(-1, 1))
+        return dx
 
 
-def reshape(x, *shape: Any):
+def reshape(x: Any, *shape: Any) -> "Tensor":
     """The same elements in another shape; one dimension may be -1. Takes reshape(x, 2, 3) and reshape(x, (2, 3))."""
     return Reshape.apply(x, shape=_flat(shape))
 
 
-def transpose(x, *axes: Any):
-    """Permute the axes: output axis i is input axis axes[i]; without `axes`, reverse them."""
-    return Transpose.apply(x, axes=_flat(axes) or tuple(reversed(range(x.ndim))))
+def flatten(x: Any) -> "Tensor":
+    """All elements along one axis."""
+    return reshape(x, -1)
 
 
-def swapaxes(x, axis1: int, axis2: int):
-    """Exchange two axes."""
+def permute(x: Any, *axes: Any) -> "Tensor":
+    """Output axis i is input axis axes[i]. Takes permute(x, 1, 0) and permute(x, (1, 0)).
+
+    Raises ValueError unless every axis is named once.
+    """
+    return Transpose.apply(x, axes=_flat(axes))
+
+
+def transpose(x: Any, *axes: Any) -> "Tensor":
+    """Two axes are swapped, as in PyTorch: transpose(x, 0, 1). A tuple permutes all; without axes they are reversed."""
+    if len(axes) == 2:
+        return swapaxes(x, *axes)
+    return permute(x, *axes) if axes else permute(x, tuple(reversed(range(x.ndim))))
+
+
+def swapaxes(x: Any, axis1: int, axis2: int) -> "Tensor":
+    """Exchange two axes. Raises IndexError for an axis that x does not have."""
     axes = list(range(x.ndim))
+    for axis in (axis1, axis2):
+        if not -x.ndim <= axis < x.ndim:
+            raise IndexError(f"swapaxes: axis {axis} is out of range for a tensor of shape {x.shape}")
     axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
-    return Transpose.apply(x, axes=tuple(axes))
+    return permute(x, axes)
 
 
-def expand_dims(x, axis: int | tuple[int, ...]):
+def expand_dims(x: Any, axis: int | tuple[int, ...]) -> "Tensor":
     """Insert axes of length 1, so that they stand at `axis` in the result."""
     return Reshape.apply(x, shape=np.expand_dims(_shape_only(x), axis).shape)
 
 
-def squeeze(x, axis: int | tuple[int, ...] | None = None):
+def squeeze(x: Any, axis: int | tuple[int, ...] | None = None) -> "Tensor":
     """Drop axes of length 1: all of them, or those named. Raises ValueError for a longer one."""
     return Reshape.apply(x, shape=np.squeeze(_shape_only(x), axis).shape)
 
 
-def broadcast_to(x, shape: tuple[int, ...]):
+def broadcast_to(x: Any, shape: tuple[int, ...]) -> "Tensor":
     """`x` stretched to `shape` along axes of length 1, without copying."""
     return BroadcastTo.apply(x, shape=tuple(shape))
 
 
-def concatenate(tensors: Sequence[Any], axis: int = 0):
+def concatenate(tensors: Sequence[Any], axis: int = 0) -> "Tensor":
     """Join along an axis that exists already. Raises ValueError where the other dimensions differ."""
     if len(tensors) == 0:
         raise ValueError("concatenate needs at least one tensor")
     return Concatenate.apply(*tensors, axis=axis)
 
 
-def stack(tensors: Sequence[Any], axis: int = 0):
+def stack(tensors: Sequence[Any], axis: int = 0) -> "Tensor":
     """Join along a new axis. Raises ValueError where the shapes differ."""
     if len({t.shape for t in tensors}) > 1:
         raise ValueError(f"stack needs equal shapes, not {[t.shape for t in tensors]}")
     return concatenate([expand_dims(t, axis) for t in tensors], axis)
 
 
-def split(x, sections: int | Sequence[int], axis: int = 0):
-    """A tuple of views along `axis`: `sections` equal parts, or parts that end at the given indices (NumPy's rule).
+def split(x: Any, size: int | Sequence[int], axis: int = 0) -> "tuple[Tensor, ...]":
+    """A tuple of views along `axis`, each of `size` (the last may be smaller), or of the given sizes (PyTorch's rule).
 
-    Raises ValueError where the axis cannot be divided into `sections` equal parts.
+    Raises ValueError for a size below 1, and for sizes that do not add up to the length of the axis.
     """
-    return Split.apply(x, sections=sections if isinstance(sections, int) else list(sections), axis=axis)
+    length = _length(x, axis)
+    if isinstance(size, Sequence):
+        sizes = tuple(int(n) for n in size)
+    elif (size := int(size)) < 1:
+        raise ValueError(f"split: a piece must have at least size 1, not {size}")
+    else:
+        sizes = (*[size] * (length // size), *([length % size] if length % size or not length else []))
+    return Split.apply(x, sizes=sizes, axis=axis)
 
 
-def index(x, key: Any):
+def chunk(x: Any, n: int, axis: int = 0) -> "tuple[Tensor, ...]":
+    """At most `n` pieces of equal size along `axis`; the last may be smaller (PyTorch's rule)."""
+    if n < 1:
+        raise ValueError(f"chunk: there must be at least 1 piece, not {n}")
+    return split(x, max(1, -(-_length(x, axis) // n)), axis)
+
+
+def index(x: Any, key: Any) -> "Tensor":
     """x[key] for integers, slices, None, ..., integer arrays (repeats allowed) and boolean masks.
 
-    Lists, Tensors and NumPy arrays as keys are brought to x's device. Raises IndexError out of range.
+    Lists, tuples, Tensors and NumPy arrays as keys are brought to x's device. Raises IndexError out of range.
     """
     key = key if isinstance(key, tuple) else (key,)
     return Index.apply(x, key=tuple(_index_array(k, x) if _is_list(k) else k for k in key))
 
 
 def _is_list(k: Any) -> bool:
-    return isinstance(k, list) or hasattr(k, "shape")
+    return isinstance(k, list | tuple) or hasattr(k, "shape")
 
 
 def _index_array(k: Any, x: Any) -> Any:
-    k = getattr(k, "data", k) if hasattr(k, "requires_grad") else k
+    k, x = (y.data if hasattr(y, "requires_grad") else y for y in (k, x))
     if isinstance(k, np.generic):
         return k.item()
     if not is_array(k):
         k = np.asarray(k, dtype=None if len(k) else np.int64)
-    return array_module(x.data).asarray(k) if device_of(k) != device_of(x.data) else k
+    return array_module(x).asarray(k) if device_of(k) != device_of(x) else k
+
+
+def _length(x: Any, axis: int) -> int:
+    if not -x.ndim <= axis < x.ndim:
+        raise IndexError(f"axis {axis} is out of range for a tensor of shape {x.shape}")
+    return x.shape[axis]
 
 
 def _flat(sizes: tuple[Any, ...]) -> tuple[int, ...]:

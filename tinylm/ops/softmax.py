@@ -1,54 +1,54 @@
 """softmax and log_softmax along one axis."""
 
-from ..array import array_module, wide
+from typing import TYPE_CHECKING, Any
+
+from ..array import array_module
 from ..autograd import Op
+
+if TYPE_CHECKING:
+    from ..tensor import Tensor
 
 
 class Softmax(Op):
-    """y = exp(x) / sum(exp(x)); dx = y * (dy - sum(dy * y))."""
+    """y = exp(x) / sum(exp(x)) along `axis`; dx = y (dy - sum(dy y))."""
 
+    floats = slice(None)
     axis: int
 
     def forward(self, x):
-        xp = array_module(x)
-        y = x - x.max(axis=self.axis, keepdims=True)  # the same y, but exp cannot overflow
-        xp.exp(y, out=y)
-        y /= y.sum(axis=self.axis, keepdims=True, dtype=wide(y.dtype)).astype(y.dtype, copy=False)
+        y = array_module(x).exp(x - x.max(axis=self.axis, keepdims=True))  # minus the maximum: exp cannot overflow
+        y /= y.sum(axis=self.axis, keepdims=True)
         self.save(y)  # y alone is enough for backward
         return y
 
     def backward(self, dy):
         (y,) = self.saved
-        dx = dy * y
-        dx -= y * dx.sum(axis=self.axis, keepdims=True, dtype=wide(y.dtype)).astype(y.dtype, copy=False)
-        return dx
+        return y * (dy - (dy * y).sum(axis=self.axis, keepdims=True))
 
 
 class LogSoftmax(Op):
-    """y = x - logsumexp(x); dx = dy - exp(y) * sum(dy)."""
+    """y = x - log(sum(exp(x))) along `axis`; dx = dy - exp(y) sum(dy)."""
 
+    floats = slice(None)
     axis: int
 
     def forward(self, x):
         xp = array_module(x)
         y = x - x.max(axis=self.axis, keepdims=True)
-        y -= xp.log(xp.exp(y).sum(axis=self.axis, keepdims=True, dtype=wide(y.dtype))).astype(y.dtype, copy=False)
+        y -= xp.log(xp.exp(y).sum(axis=self.axis, keepdims=True))
         self.save(y)
         return y
 
     def backward(self, dy):
         (y,) = self.saved
-        dx = array_module(y).exp(y)
-        dx *= -dy.sum(axis=self.axis, keepdims=True, dtype=wide(y.dtype)).astype(y.dtype, copy=False)
-        dx += dy
-        return dx
+        return dy - array_module(y).exp(y) * dy.sum(axis=self.axis, keepdims=True)
 
 
-def softmax(x, axis: int = -1):
+def softmax(x: Any, axis: int = -1) -> "Tensor":
     """Probabilities along `axis`: positive, summing to 1; the same shape as x."""
     return Softmax.apply(x, axis=axis)
 
 
-def log_softmax(x, axis: int = -1):
+def log_softmax(x: Any, axis: int = -1) -> "Tensor":
     """log(softmax(x)) along `axis`, without forming the small probabilities whose logarithm would be lost."""
     return LogSoftmax.apply(x, axis=axis)

@@ -14,8 +14,6 @@ from .autograd import no_grad
 if TYPE_CHECKING:
     from .gpt import GPT
 
-SAMPLES = 2  # names the stream of this noise: every other stream of the same seed is independent of it
-
 
 def generate(
     model: "GPT",
@@ -197,7 +195,7 @@ def _noise(rows: Sequence[np.ndarray], seed: int) -> list[np.random.Generator]:
     generators = []
     for row in rows:
         prompt = row.tobytes()
-        generators.append(random.generator(SAMPLES, seed, seen[prompt], *row))
+        generators.append(random.generator(random.SAMPLES, seed, seen[prompt], *row))
         seen[prompt] += 1
     return generators
 

@@ -1,4 +1,4 @@
-"""Fused CPU twins: the same formulas as the reference ops, one pass of a compiled loop where NumPy makes many.
+"""Twins compiled by numba: the same formulas as the reference ops, one pass of a loop where NumPy makes many.
 
 They take float32 on a CPU; for anything else the reference runs.
 """
@@ -12,9 +12,11 @@ from ..ops.attention import CausalAttention
 from ..ops.gelu import Gelu
 from ..ops.layer_norm import LayerNorm
 from ..ops.linear_cross_entropy import LinearCrossEntropy
-from ..ops.matmul import rows
-from ..registry import fused, register_kernel
+from ..ops.matmul import product, rows
+from ..optim import adamw
+from ..registry import fused
 from . import kernels
+from .blocked import blocks
 
 f32 = np.float32
 
@@ -27,7 +29,7 @@ class Float32(Op):
         return all(a is None or (isinstance(a, np.ndarray) and a.size and a.dtype == f32) for a in arrays)
 
 
-@fused(Gelu)
+@fused(Gelu, engine="numba")
 class FusedGelu(Float32, Gelu):
     def forward(self, x):
         y = np.empty(x.shape, f32)
@@ -41,7 +43,7 @@ class FusedGelu(Float32, Gelu):
         return dy * slope
 
 
-@fused(LayerNorm)
+@fused(LayerNorm, engine="numba")
 class FusedLayerNorm(Float32, LayerNorm):
     def forward(self, x, weight, bias):
         self.check(x, weight, bias)
@@ -60,17 +62,18 @@ class FusedLayerNorm(Float32, LayerNorm):
         return dx.reshape(dy.shape), dweight, dbias if self.needs[2] else None
 
 
-@fused(CausalAttention)
+@fused(CausalAttention, engine="numba")
 class FusedCausalAttention(Float32, CausalAttention):
     @classmethod
     def supports(cls, *arrays, **params):
         return super().supports(*arrays) and not params["dropout"]
 
     def forward(self, q, k, v):
-        (B, H, T, D), S = self.check(q, k, v), k.shape[2]
+        self.check(q, k, v)
+        (B, H, T, D), S = q.shape, k.shape[2]
         y = np.empty((B, T, H, v.shape[3]), f32).transpose(0, 2, 1, 3)
         ps = []
-        for start, end, seen in self.blocks(T, S):
+        for start, end, seen in blocks(T, S):
             p = _dots(q[:, :, start:end], k[:, :, :seen])
             kernels.causal_softmax(rows(p), end - start, f32(1 / math.sqrt(D)))
             np.matmul(p, v[:, :, :seen], out=y[:, :, start:end])
@@ -83,7 +86,7 @@ class FusedCausalAttention(Float32, CausalAttention):
         dq, dk, dv = (np.empty(x.transpose(0, 2, 1, 3).shape, f32).transpose(0, 2, 1, 3) for x in (q, k, v))
         delta = np.einsum("bhtd,bhtd->bht", dy, y)
         # From the last block, which sees every key and so fills dk and dv, to the first.
-        for (start, end, seen), p in reversed(list(zip(self.blocks(q.shape[2], k.shape[2]), ps, strict=True))):
+        for (start, end, seen), p in reversed(list(zip(blocks(q.shape[2], k.shape[2]), ps, strict=True))):
             dy_, q_ = dy[:, :, start:end], q[:, :, start:end]
             ds = _dots(dy_, v[:, :, :seen])
             delta_ = np.ascontiguousarray(delta[:, :, start:end]).reshape(-1)
@@ -103,20 +106,29 @@ def _dots(a, b):
     return np.matmul(a, b.swapaxes(-1, -2), order="C")
 
 
-@fused(LinearCrossEntropy)
+@fused(LinearCrossEntropy, engine="numba")
 class FusedLinearCrossEntropy(Float32, LinearCrossEntropy):
     @classmethod
     def supports(cls, hidden, weight, targets, **params):
         return super().supports(hidden, weight) and isinstance(targets, np.ndarray)
 
-    def forward(self, hidden, weight, targets):
-        return super().forward(hidden, weight, targets)
-
-    def backward(self, dy):
-        return super().backward(dy)
-
     def loss_and_slope(self, z, t, share, counted):
         return kernels.softmax_loss(z, t, share, counted)
 
 
-register_kernel("adamw", kernels.adamw)
+def _float32_lists(params, grads, exp_avgs, exp_avg_sqs, *_):
+    return all(type(a) is np.ndarray and a.dtype == f32 for a in (*params, *grads))
+
+
+@fused(adamw, engine="numba", supports=_float32_lists)
+def fused_adamw(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, betas, eps, coefficient=1.0):
+    beta1, beta2 = betas
+    beta_numbers = f32(1 - beta1), f32(beta2), f32(1 - beta2)
+    for row in zip(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True):
+        *arrays, t, lr, decay = row
+        if not all(a.flags.c_contiguous for a in arrays):
+            adamw.__wrapped__(*([x] for x in row), betas, eps, coefficient)
+            continue
+        step_size, rescale = lr / (1 - beta1**t), 1 / math.sqrt(1 - beta2**t)
+        numbers = map(f32, (coefficient, 1 - lr * decay, step_size, rescale, eps))
+        kernels.adamw(*(a.reshape(-1) for a in arrays), *beta_numbers, *numbers)

@@ -1,0 +1,99 @@
+"""What the tape says of an op that is written wrongly: its class, file and line, what it returned and what was expected."""
+
+import inspect
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .array import Array, all_finite, array_module, device_of, is_array, to_device
+
+if TYPE_CHECKING:
+    from .autograd import Op
+
+
+def describe(arrays: Sequence[Any]) -> str:
+    """Shapes, dtypes and devices of arrays; numbers as they are."""
+    return ", ".join(f"{tuple(a.shape)} {a.dtype} {device_of(a)}" if hasattr(a, "dtype") else repr(a) for a in arrays)
+
+
+def note(error: BaseException, op: "Op", half: str, arrays: Sequence[Any]) -> None:
+    """Add to an error that came out of `op.forward` or `op.backward` where it was, and for which arrays."""
+    text = f"in {op.name()}.{half}({describe(arrays)}){_place(op, half)}"
+    if text not in getattr(error, "__notes__", ()):
+        error.add_note(text)
+
+
+def _place(op: "Op", half: str) -> str:
+    """', line 12 of /home/me/gelu.py'; nothing for a function without a source."""
+    code = getattr(inspect.unwrap(getattr(getattr(op, "page", type(op)), half)), "__code__", None)
+    return f", line {code.co_firstlineno} of {code.co_filename}" if code else ""
+
+
+def check_outputs(op: "Op", outputs: Sequence[Any]) -> None:
+    """Raise TypeError for a forward that returned something else than arrays."""
+    for y in outputs:
+        if not (is_array(y) or isinstance(y, np.generic)):
+            raise TypeError(
+                f"{op.name()}.forward returned {_a(y)}; expected an array, or a tuple of arrays for several outputs"
+            )
+    if not outputs:
+        raise TypeError(f"{op.name()}.forward returned an empty tuple; expected an array")
+
+
+def check_gradients(op: "Op", dxs: Any, n: int) -> None:
+    """Raise RuntimeError for a backward that did not return one gradient for each input."""
+    if isinstance(dxs, list):
+        raise RuntimeError(f"{op.name()}.backward returned a list; expected {_expected(n)}")
+    if len(dxs) != n:
+        raise RuntimeError(f"{op.name()}.backward returned {len(dxs)} gradients for {n} inputs; expected {_expected(n)}")
+
+
+def _expected(n: int) -> str:
+    return "the array of its one input" if n == 1 else f"a tuple of {n} arrays (None for an input without a gradient)"
+
+
+def check_array(where: str, what: str, array: Any, spec: Any) -> None:
+    """Raise RuntimeError unless `array` has the shape and dtype of `spec`."""
+    if not is_array(array):
+        raise RuntimeError(f"{where}: {what} is {_a(array)}, not an array")
+    if (array.shape, array.dtype) != spec:
+        shape, dtype = spec
+        raise RuntimeError(f"{where}: {what} is {array.shape} {array.dtype}, but must be {shape} {dtype}")
+
+
+def _a(x: Any) -> str:
+    return "None" if x is None else f"a {type(x).__name__}"
+
+
+def check_finite(what: str, array: Array) -> None:
+    """Raise FloatingPointError if a floating `array` holds a NaN or an infinity."""
+    if not all_finite([array]):
+        finite = array_module(array).isfinite(array)
+        first = np.unravel_index(int((~finite).argmax()), array.shape)
+        raise FloatingPointError(
+            f"{what}: {int((~finite).sum())} of {array.size} values are not finite, "
+            f"the first at index {tuple(int(i) for i in first)}"
+        )
+
+
+def fingerprints(saved: Any) -> dict[int, tuple[Array, int]]:
+    """A checksum of every array in a nest of tuples and lists, by its id."""
+    if is_array(saved):
+        return {id(saved): (saved, zlib.crc32(to_device(saved, "cpu").tobytes()))}
+    prints = {}
+    for x in saved if isinstance(saved, tuple | list) else ():
+        prints.update(fingerprints(x))
+    return prints
+
+
+def check_unchanged(op: "Op", prints: dict[int, tuple[Array, int]], inputs: Sequence[int], outputs: Sequence[int]) -> None:
+    """Raise RuntimeError if an array that `op` saved was changed since; `inputs` and `outputs` are ids of arrays."""
+    for key, (array, checksum) in prints.items():
+        if fingerprints(array)[key][1] != checksum:
+            which = f"its input {inputs.index(key)}" if key in inputs else "its output" if key in outputs else "an array"
+            raise RuntimeError(
+                f"{op.name()}: {which} {describe([array])}, saved for backward, was changed in place after forward; "
+                "change it after backward, or assign a new array"
+            )
