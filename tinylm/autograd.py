@@ -259,7 +259,7 @@ class Walk:
         """Start from these tensors with these gradients; nodes older than `since` are in the walk already."""
         self.nodes += reachable([tensor.op for tensor, _ in roots if tensor.op is not None], since)
         for tensor, grad in roots:
-            self.add(tensor if tensor.op is None else tensor.op, tensor.slot, grad, fresh=False)
+            self.add(tensor if tensor.op is None else tensor.op, tensor.slot, grad)
 
     def run(self) -> None:
         """Walk all nodes, the newest first, then give the leaves their gradients."""
@@ -307,24 +307,23 @@ class Walk:
         for i, (parent, slot, dx) in enumerate(zip(parents, op.slots, dxs, strict=True)):
             if parent is None:
                 continue
-            is_op = isinstance(parent, Op)
-            spec = parent.outputs[slot] if is_op else (parent.data.shape, parent.data.dtype)
+            spec = parent.outputs[slot] if isinstance(parent, Op) else (parent.data.shape, parent.data.dtype)
             if type(dx) is not ndarray or (dx.shape, dx.dtype) != spec:
                 dx = _fitted(op, i, dx, spec)
             if anomaly:
                 errors.check_finite(f"the gradient that {op.name()} gives its input {i}", dx)
-            self.add(parent, slot, dx, not is_op and _is_fresh(dx, op, dys, dxs, parent))
+            self.add(parent, slot, dx, op, dys, dxs)
 
-    def add(self, target: Union[Op, "Tensor"], slot: int, dx: Array, fresh: bool) -> None:
-        """Add `dx` to the sum of a target; `fresh` says that nobody else holds it."""
+    def add(self, target: Union[Op, "Tensor"], slot: int, dx: Array, op: Op | None = None, *held: Sequence[Any]) -> None:
+        """Add `dx` to the sum of a target: what `op` returned, which may still hold it, as may the lists `held`."""
         key = target if slot == 0 else (target, slot)
         before = self.sums.get(key)
         if before is None:
             self.sums[key] = dx
-            if fresh:
-                self.ours.add(key)
             if not isinstance(target, Op):
                 self.leaves.append(target)
+                if op is not None and _is_fresh(dx, target, op, *held):
+                    self.ours.add(key)
         elif key in self.ours:
             before += dx
         else:
@@ -370,7 +369,7 @@ def _fitted(op: Op, i: int, dx: Any, spec: Any) -> Array:
     return dx
 
 
-def _is_fresh(dx: Array, op: Op, dys: Sequence[Any], dxs: Sequence[Any], leaf: "Tensor") -> bool:
+def _is_fresh(dx: Array, leaf: "Tensor", op: Op, dys: Sequence[Any], dxs: Sequence[Any]) -> bool:
     """Whether a leaf may keep `dx` as its own: not a view, not held by the op, its dy, another input or the leaf."""
     if dx.base is not None or dx is leaf.data or leaf.data.base is dx:
         return False
