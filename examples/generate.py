@@ -6,7 +6,7 @@ python examples/generate.py --prompt "The " --temperature 0.7 --top-p 0.95 --sto
 
 import numpy as np
 
-from tinylm import cli
+from tinylm import cli, fused
 from tinylm.array import to_device
 from tinylm.data import Vocabulary
 from tinylm.runs import load_model
@@ -19,6 +19,7 @@ def main() -> None:
 
     with parser.mistakes():
         model, vocabulary = load_model(args.run, args.device)
+        fused.load(tell=lambda message: None)
         prompt = encode(vocabulary, text, "--prompt")
         if args.stop is not None:
             encode(vocabulary, args.stop, "--stop")  # what the model cannot write would never stop it

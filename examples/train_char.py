@@ -47,9 +47,8 @@ def main() -> None:
         random.seed(config.seed)
         model = GPT(cli.from_options(GPTConfig, args, vocab_size=len(vocabulary))).to(args.device)
         state = TrainState(model, config)
-        use_mkl = "mkl" in before["engine"] if "engine" in before else None  # or the bits would differ
         notes: list[str] = []
-        engine = fused.load(notes.append, config.threads, use_mkl) if args.device == "cpu" else []
+        engine = list(fused.load(*args.engine or (), tell=notes.append)) or ["reference"]
         now = {"data": args.data, "device": args.device, "engine": engine, **asdict(model.config), **asdict(config)}
 
         if run.exists() and not (args.resume or args.overwrite):
@@ -68,7 +67,7 @@ def main() -> None:
 
     print(f"text        {len(tokens):,} characters, {len(vocabulary)} different; the last tenth is for validation")
     print(f"model       {model.num_parameters():,} parameters")
-    print(f"engine      {', '.join(['NumPy', *engine])}", *notes, sep="\n", flush=True)
+    print(f"engine      {', '.join(engine)}", *notes, sep="\n", flush=True)
     keep_freed_memory()
     monitor = Monitor()
     for line in read_metrics(args.out) if state.step else ():
@@ -167,6 +166,13 @@ def options() -> cli.Parser:
         seed="of the initial weights, the batches, the dropout and the sample",
     )
     parser.set_defaults(threads=available_cores())
+    training.add_argument(
+        "--engine",
+        nargs="+",
+        choices=("reference", *fused.ENGINES),
+        help="what computes: faster engines, the first one first, or `reference`, the readable pages of tinylm/ops "
+        "(default: all engines that are installed)",
+    )
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
 
     output = parser.add_argument_group("output")

@@ -3,7 +3,8 @@
 By default those are "cpu" (NumPy) and "strict" (the stand-in for CuPy of `strict_cupy.py`, no GPU needed); with
 `--device cuda` it is "cuda" (CuPy itself), with `--device cpu` NumPy alone.
 
-`pytest --fused` puts the fused CPU twins in force for all tests; without it, only for those that ask for `twins`.
+`pytest --fused` puts the engines "numba" and "blocked" in force for all tests; without it, only for those that ask for
+`twins`.
 """
 
 import os
@@ -14,7 +15,7 @@ import pytest
 import strict_cupy
 from helpers import Device
 
-from tinylm import fused, random, registry
+from tinylm import engines, fused, random
 
 # The same examples in every run, and no time limit on one: a test that fails has found something.
 hypothesis.settings.register_profile(
@@ -41,8 +42,11 @@ def pytest_configure(config):
             cupy.zeros(1)
         except Exception as error:
             raise pytest.UsageError(f"--device cuda: CuPy does not answer: {error}") from None
-    if config.getoption("--fused") and "numba" not in fused.load(lambda message: None):
-        raise pytest.UsageError('--fused needs numba: pip install "tinylm[fast]"')
+    if config.getoption("--fused"):
+        try:
+            fused.load("numba", "blocked", tell=lambda message: None)
+        except ValueError as error:
+            raise pytest.UsageError(f"--fused: {error}") from None
 
 
 def pytest_generate_tests(metafunc):
@@ -72,26 +76,13 @@ def strict_cupy_module(monkeypatch):
     return strict_cupy.module
 
 
-@pytest.fixture(scope="session")
-def _loaded():
-    """What importing the twins registers, taken out of the registry again."""
-    before = _registered()
-    try:
-        from tinylm.fused import cpu  # noqa: F401
-    except ImportError as error:
-        pytest.skip(f'the fused twins need numba, pip install "tinylm[fast]": {error}')
-    loaded = _registered()
-    registry._twins, registry._kernels = before
-    return loaded
-
-
-def _registered():
-    return {op: list(twins) for op, twins in registry._twins.items()}, dict(registry._kernels)
-
-
 @pytest.fixture
-def twins(_loaded, monkeypatch):
-    """The fused twins in force, for this test alone; without MKL's product."""
-    loaded_twins, loaded_kernels = _loaded
-    monkeypatch.setattr(registry, "_twins", {op: list(twins) for op, twins in loaded_twins.items()})
-    monkeypatch.setattr(registry, "_kernels", {"adamw": loaded_kernels["adamw"]})
+def twins():
+    """The engines "numba" and "blocked" in force, for this test alone; without MKL's product."""
+    try:
+        for name in ("numba", "blocked"):
+            fused.register(name)
+    except ImportError as error:
+        pytest.skip(f'the engine "numba" is not installed, pip install "tinylm[fast]": {error}')
+    with engines("numba", "blocked"):
+        yield

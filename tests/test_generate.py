@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinylm import GPT, GPTConfig, is_grad_enabled, no_grad, random
 from tinylm.array import device_of
-from tinylm.generate import Reader, keep_likeliest, sample, window_start
+from tinylm.generation import Reader, keep_likeliest, sample, window_start
 
 
 def make(dtype=np.float64, seed=0, **sizes):

@@ -29,7 +29,8 @@ from .files import sync, write_whole
 from .gpt import GPT, GPTConfig
 from .training import Step, TrainState, evaluate, first_not_finite
 
-FORMAT = 1  # of state.json; raised when an older reader would misread it
+FORMAT = 2  # of state.json; raised when an older reader would misread it
+READABLE = (1, 2)  # whose weights can be loaded; a run can only be resumed in its own format
 TENSORS = ("model.safetensors", "optimizer.safetensors")
 LOGS = ("metrics.jsonl", "samples.txt")
 
@@ -71,8 +72,8 @@ class Checkpoint:
             raise DamagedError(f"{path} is damaged, or not of tinylm") from None
         if _checksum(state) != expected:
             raise DamagedError(f"{path} does not match its checksum")
-        if state["format"] != FORMAT:
-            raise DamagedError(f"{path} has format {state['format']}, and this tinylm reads {FORMAT}")
+        if state["format"] not in READABLE:
+            raise DamagedError(f"{path} has format {state['format']}, and this tinylm reads {READABLE}")
         return state
 
     def _content(self, name: str) -> bytes:
@@ -366,6 +367,11 @@ def _best(saved: list[Checkpoint]) -> Checkpoint | None:
 
 def _same(described: dict[str, Any], state: TrainState, vocabulary: Vocabulary, data: str) -> None:
     """Raise ValueError that names what the run was begun with and is another now."""
+    if described["format"] != FORMAT:
+        raise ValueError(
+            "cannot resume: the run was saved by an earlier version of tinylm, which rounded otherwise, and would not go "
+            "on bit for bit; its weights still load (to generate, for instance), so begin a new run"
+        )
     now = asdict(state.model.config)
     free = ("recompute", "dropout")  # these are not the model's shape
     before = {name: value for name, value in described["model"].items() if name not in free}

@@ -34,7 +34,7 @@ def load(
         if name not in ENGINES:
             raise ValueError(f"there is no engine {name!r}; there are reference, {', '.join(ENGINES)}")
         try:
-            _register(name, tell)
+            register(name, tell)
         except ImportError as error:
             remedy = f'pip install "{ENGINES[name]}"'
             if names:
@@ -47,8 +47,8 @@ def load(
     return tuple(loaded)
 
 
-def _register(name: str, tell: Callable[[str], None]) -> None:
-    """Import an engine's module, which registers its twins. Raises ImportError where it is not installed."""
+def register(name: str, tell: Callable[[str], None] = lambda message: None) -> None:
+    """Import an engine's module, which registers its twins, and put nothing in force. Raises ImportError without it."""
     first = f"{__name__}.{name}" not in sys.modules
     module = importlib.import_module(f".{name}", __name__)  # it compiles nothing yet
     if first and name == "numba" and not _compiled(Path(module.kernels.gelu.stats.cache_path)):
