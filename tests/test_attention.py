@@ -1,4 +1,4 @@
-"""causal_attention: against PyTorch at the edges of its blocks, causality, cached keys, dropout, extremes."""
+"""causal_attention, the page and the engine "blocked": against PyTorch, causality, cached keys, dropout, extremes."""
 
 import numpy as np
 import pytest
@@ -8,8 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinylm
-from tinylm import gradcheck, ops
-from tinylm.ops import attention
+from tinylm import fused, gradcheck, ops
+from tinylm.fused import blocked
+
+
+@pytest.fixture(autouse=True, params=["reference", "blocked"])
+def engine(request):
+    fused.register("blocked")
+    with tinylm.engines(*([] if request.param == "reference" else ["blocked"])):
+        yield request.param
+
+
+def test_the_engine_runs(engine):
+    q = tinylm.tensor(normal(1, 1, 2, 2), requires_grad=True)
+    expected = "CausalAttention" if engine == "reference" else "BlockedCausalAttention"
+    assert f"op={expected}" in repr(ops.causal_attention(q, q, q))
 
 
 def torch_attention(q, k, v):
@@ -31,7 +44,7 @@ def test_attention(device, B, H, T, more, D):
 def test_small_blocks(device, T, more, block):
     """The same, with many blocks of which the last may be ragged."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "BLOCK", block)
+        patch.setattr(blocked, "QUERIES", block)
         check(device, ops.causal_attention, torch_attention, *qkv(1, 2, T, T + more, 2))
 
 
@@ -132,7 +145,7 @@ def test_float16_against_float64(device):
 
 @pytest.mark.parametrize("block", [2, 64])
 def test_dropout_gradcheck(device, monkeypatch, block):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(blocked, "QUERIES", block)
 
     def fn(q, k, v):
         tinylm.random.seed(0)
@@ -164,9 +177,27 @@ def test_dropout_drops_weights_and_keeps_the_expectation(device):
     assert (kept == 0).mean() == pytest.approx(0.25, abs=0.07)
 
 
+@pytest.mark.parametrize(("T", "S"), [(7, 7), (5, 9), (130, 130)])
+@pytest.mark.parametrize("queries", [1, 3, 64])
+def test_the_mask_does_not_depend_on_the_blocks(device, monkeypatch, queries, T, S):
+    """It is a function of the key, the sample, the head and the element's place (i, j)."""
+    inputs = qkv(2, 3, T, S, 4)
+    results = []
+    for engines, block in (((), 64), (("blocked",), queries)):
+        monkeypatch.setattr(blocked, "QUERIES", block)
+        with tinylm.engines(*engines):
+            tinylm.random.seed(5, first_sample=1)
+            leaves = [device.leaf(x) for x in inputs]
+            y = ops.causal_attention(*leaves, dropout=0.5)
+            y.backward(device.array(normal(*y.shape)))
+        results.append([y, *(x.grad for x in leaves)])
+    for whole, in_blocks in zip(*results, strict=True):
+        assert_close(in_blocks, host(whole), rtol=1e-10, atol=1e-12)
+
+
 def test_no_two_blocks_share_a_mask(device, monkeypatch):
     """Whether query t keeps key 0 says nothing about query t + 1. With v the identity, y is P."""
-    monkeypatch.setattr(attention, "BLOCK", 1)
+    monkeypatch.setattr(blocked, "QUERIES", 1)
     zeros = device.tensor(np.zeros((400, 1, 3, 2)), np.float32)
     v = device.tensor(np.tile(np.eye(3), (400, 1, 1, 1)), np.float32)
     kept = host(ops.causal_attention(zeros, zeros, v, dropout=0.5))[:, 0, :, 0] > 0
@@ -189,6 +220,32 @@ def test_no_dropout_at_evaluation(device):
     assert tinylm.random.state() == before
 
 
+# --- what is not finite, and nothing at all ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spoil", [np.nan, np.inf])
+def test_a_spoilt_future_key_does_not_reach_earlier_queries(device, spoil):
+    q, k, v = qkv(1, 2, 70, 70, 4)
+    before = host(ops.causal_attention(*(device.tensor(x) for x in (q, k, v))))
+    k[:, :, 40:] = spoil
+    with np.errstate(invalid="ignore"):
+        after = host(ops.causal_attention(*(device.tensor(x) for x in (q, k, v))))
+    np.testing.assert_array_equal(after[:, :, :40], before[:, :, :40])
+
+
+@pytest.mark.parametrize("S", [3, 0])
+def test_without_queries(device, S):
+    """Nothing to compute: zeros as gradients, not what lay in memory."""
+    junk = [np.full((1, 2, max(S, 1), 8), 7.0) for _ in range(20)]  # what numpy.empty may hand out next
+    del junk
+    q, k, v = (device.leaf(normal(1, 2, n, d)) for n, d in ((0, 2), (S, 2), (S, 2)))
+    y = ops.causal_attention(q, k, v)
+    assert y.shape == (1, 2, 0, 2)
+    y.backward(device.array(np.ones(y.shape)))
+    assert_close(k.grad, np.zeros(k.shape))
+    assert_close(v.grad, np.zeros(v.shape))
+
+
 # --- errors -----------------------------------------------------------------------------------------------------
 
 
@@ -196,14 +253,16 @@ def test_errors(device):
     def attend(q, k, v, **kwargs):
         return ops.causal_attention(*(device.tensor(np.zeros(shape), np.float32) for shape in (q, k, v)), **kwargs)
 
-    name = rf"CausalAttention\(\(1, 2, 5, 4\) float32 {device.name}, "
-    with pytest.raises(ValueError, match=name + r".*: 5 queries for 3 keys: the last query stands at the last key"):
+    name = rf"CausalAttention.forward\(\(1, 2, 5, 4\) float32 {device.name}, "
+    with pytest.raises(ValueError, match="5 queries for 3 keys: the last query stands at the last key[^$]*" + name):
         attend((1, 2, 5, 4), (1, 2, 3, 4), (1, 2, 3, 4))
     for k, v in (((2, 2, 5, 4),) * 2, ((1, 2, 5, 3),) * 2, ((1, 2, 5, 4), (1, 2, 6, 4)), ((1, 2, 5, 4), (1, 1, 5, 4))):
-        with pytest.raises(ValueError, match=name + r".*: q, k and v must agree in batch and heads"):
+        with pytest.raises(ValueError, match="q, k and v must agree in batch and heads[^$]*" + name):
             attend((1, 2, 5, 4), k, v)
     with pytest.raises(ValueError, match=r"q, k and v must be of shape \(B, H, T, D\)"):
         attend((2, 5, 4), (2, 5, 4), (2, 5, 4))
+    with pytest.raises(ValueError, match="q and k need at least one channel"):
+        attend((1, 2, 5, 0), (1, 2, 5, 0), (1, 2, 5, 4))
     for p in (1.0, -0.5):
         with pytest.raises(ValueError, match=f"causal_attention: dropout must be at least 0 and below 1, not {p}"):
             attend((1, 2, 5, 4), (1, 2, 5, 4), (1, 2, 5, 4), dropout=p)

@@ -1,6 +1,8 @@
 """The tape: what it adds up, whom it leaves alone, what it lets go of."""
 
+import copy
 import gc
+import re
 import threading
 import tracemalloc
 import weakref
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import tinylm
-from tinylm import GPT, GPTConfig, Op, enable_grad, is_grad_enabled, no_grad, ops, tensor
+from tinylm import GPT, GPTConfig, Op, detect_anomaly, enable_grad, is_grad_enabled, no_grad, ops, tensor
 from tinylm.autograd import backward
 from tinylm.optim import AdamW
 
@@ -154,21 +156,21 @@ def test_a_scalar_leaf_may_be_its_own_loss():
 
 def test_unused_outputs_of_a_split_get_zeros():
     a = leaf(6)
-    _, middle, _ = a.split(3)
+    _, middle, _ = a.chunk(3)
     (middle * tensor(np.array([2.0, 3.0]))).sum().backward()
     np.testing.assert_array_equal(a.grad, [0, 0, 2, 3, 0, 0])
 
 
 def test_every_output_of_a_split_goes_to_its_own_place():
     a = leaf(6)
-    parts = a.split(3)
+    parts = a.chunk(3)
     (parts[2] * 5 + parts[0] * 2 + parts[0]).sum().backward()  # another order, one of them twice
     np.testing.assert_array_equal(a.grad, [3, 3, 0, 0, 5, 5])
 
 
 def test_the_outputs_of_a_split_may_differ_in_shape():
     a = leaf(6)
-    first, second, third = a.split([1, 3])
+    first, second, third = a.split([1, 2, 3])
     ((first * 2).sum() + (second * 3).sum() + (third * 5).sum()).backward()
     np.testing.assert_array_equal(a.grad, [2, 3, 3, 5, 5, 5])
 
@@ -259,7 +261,7 @@ def test_a_gradient_that_is_a_view_of_another_is_not_added_to():
     assert not np.shares_memory(a.grad, b.grad)
 
 
-def test_a_fresh_gradient_is_kept_and_added_to_without_a_copy():
+def test_a_leaf_keeps_a_fresh_gradient_without_a_copy():
     returned = []
 
     class Watched(Op):
@@ -267,17 +269,58 @@ def test_a_fresh_gradient_is_kept_and_added_to_without_a_copy():
             return x + 0.0
 
         def backward(self, dy):
-            returned.append((dy, dy * 2.0))
-            return returned[-1][1]
+            returned.append(dy * 2.0)
+            return returned[-1]
 
     a = leaf(3)
-    h = Watched.apply(a)
-    (Watched.apply(h) + Watched.apply(h)).sum().backward()
-    (_, first), (_, second), (summed, last) = returned
-    assert summed is first  # the second one's gradient was added to it
-    assert summed is not second
-    assert a.grad is last
-    np.testing.assert_array_equal(a.grad, [8, 8, 8])
+    (Watched.apply(a) + Watched.apply(a)).sum().backward()
+    assert a.grad is returned[0]  # the second one was added to it
+    np.testing.assert_array_equal(a.grad, [4, 4, 4])
+
+
+class Kept(Op):
+    """x * c, whose backward returns an array that it keeps: the typical mistake of a first op."""
+
+    where = "saved"
+
+    def forward(self, x, c):
+        y = x * c
+        if self.where == "saved":
+            self.save(c)
+        elif self.where == "list":
+            self.save([c])
+        else:
+            self.c = c
+        return y
+
+    def backward(self, dy):
+        c = getattr(self, "c", None) if self.where == "attribute" else self.saved[0]
+        return (c[0] if isinstance(c, list) else c), dy * 1.0
+
+
+@pytest.mark.parametrize("where", ["saved", "list", "attribute"])
+def test_a_leaf_never_gets_an_array_that_the_op_keeps(where):
+    w, c = leaf(3), leaf(3, seed=1)
+    Kept.apply(w, c, where=where).sum().backward()
+    assert not np.shares_memory(w.grad, c.data)
+    w.grad *= 0  # as clipping does
+    assert c.data.all()
+
+
+def test_a_leaf_never_gets_its_own_data_or_one_array_twice():
+    class Own(Op):
+        def forward(self, x, y):
+            return x + y
+
+        def backward(self, dy):
+            return held[0], held[0]
+
+    a, b = leaf(3), leaf(3, seed=1)
+    held = [a.data]
+    Own.apply(a, b).sum().backward()
+    assert not np.shares_memory(a.grad, a.data)
+    assert not np.shares_memory(b.grad, a.data)
+    assert not np.shares_memory(a.grad, b.grad)
 
 
 def test_inputs_and_saved_arrays_are_not_changed_by_backward():
@@ -332,7 +375,7 @@ def test_backward_of_more_than_one_element_needs_a_gradient():
     [
         (np.ones(2), r"the given gradient is \(2,\) float64, but must be \(3,\) float64"),
         (np.ones(3, np.float32), r"the given gradient is \(3,\) float32, but must be \(3,\) float64"),
-        (2.0, "the given gradient is float, not an array"),
+        (2.0, "the given gradient is a float, not an array"),
     ],
 )
 def test_a_given_gradient_of_the_wrong_kind_is_refused(grad, message):
@@ -354,10 +397,11 @@ def test_backward_without_a_graph_raises():
     [
         (lambda dy: dy[:1], r"Twice.backward: the gradient of input 0 is \(1,\) float64, but must be \(3,\) float64"),
         (lambda dy: dy.astype(np.float32), r"Twice.backward: the gradient of input 0 is \(3,\) float32, but must be"),
-        (lambda dy: None, "Twice.backward: the gradient of input 0 is NoneType, not an array"),
-        (lambda dy: 2.0, "Twice.backward: the gradient of input 0 is float, not an array"),
+        (lambda dy: None, "Twice.backward: the gradient of input 0 is None, not an array"),
+        (lambda dy: 2.0, "Twice.backward: the gradient of input 0 is a float, not an array"),
         (lambda dy: (dy, dy), "Twice.backward returned 2 gradients for 1 inputs"),
         (lambda dy: (), "Twice.backward returned 0 gradients for 1 inputs"),
+        (lambda dy: [2 * dy], "Twice.backward returned a list; expected the array of its one input"),
     ],
 )
 def test_a_wrong_gradient_of_an_op_is_named(wrong, message):
@@ -384,6 +428,63 @@ def test_integers_and_booleans_have_no_gradient(data):
         tensor(data, requires_grad=True)
     with pytest.raises(TypeError, match="only a floating tensor can require a gradient"):
         tensor(data).requires_grad_()
+
+
+def test_a_failed_backward_leaves_no_sums_behind():
+    x = tensor([0.0, 0.0], requires_grad=True)
+    h = x + 1
+    a = h * 2
+    z = a + (h - 1).sqrt()
+    with pytest.raises(FloatingPointError), detect_anomaly():
+        z.backward(np.ones(2, np.float32))
+    assert x.grad is None
+    a.backward(np.ones(2, np.float32))
+    np.testing.assert_array_equal(x.grad, [2, 2])
+
+
+def test_an_interrupted_backward_leaves_every_gradient_as_it_was():
+    def interrupted(dy):
+        raise KeyboardInterrupt
+
+    a, b = leaf(3), leaf(3, seed=1)
+    a.grad = np.ones(3)
+    h = Twice.apply(b, wrong=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        (a * h).sum().backward()  # a has had its gradient by then
+    np.testing.assert_array_equal(a.grad, [1, 1, 1])
+    assert b.grad is None
+
+
+def test_threads_that_share_a_leaf_lose_no_update():
+    a = leaf(1000)
+    in_threads(*[lambda: [(a * 1.0).sum().backward() for _ in range(100)]] * 4)
+    np.testing.assert_array_equal(a.grad, np.full(1000, 400.0))
+
+
+def test_only_leaves_can_be_deep_copied():
+    a = leaf(3)
+    a.grad = np.ones(3)
+    b = copy.deepcopy(a)
+    assert b.requires_grad
+    assert not np.shares_memory(a.data, b.data)
+    assert not np.shares_memory(a.grad, b.grad)
+    y = a
+    for _ in range(2000):
+        y = y * 1.0
+    with pytest.raises(RuntimeError, match=r"only leaves can be deep-copied; .* made by Mul"):
+        copy.deepcopy(y)
+
+
+@pytest.mark.parametrize("change", ["input 0", "input 1", "output"])
+def test_detect_anomaly_names_the_op_whose_saved_array_was_changed(change):
+    a, b = leaf(3), leaf(3, seed=1)
+    with detect_anomaly():
+        y = a * b
+        z = y.exp()
+        {"input 0": a, "input 1": b, "output": z}[change].data *= 2
+        expected = rf"Exp: its {change}" if change == "output" else rf"Mul: its {change}"
+        with pytest.raises(RuntimeError, match=expected + r" \(3,\) float64 cpu, saved for backward, was changed"):
+            z.sum().backward()
 
 
 def test_requires_grad_is_for_leaves():
@@ -729,8 +830,71 @@ def test_scalars_do_not_change_the_dtype():
 
 
 def test_errors_inside_an_op_name_it_and_its_inputs():
-    with pytest.raises(ValueError, match=r"Add\(\(2,\) float64 cpu, \(3,\) float64 cpu\)"):
+    with pytest.raises(ValueError, match=r"Add.forward\(\(2,\) float64 cpu, \(3,\) float64 cpu\), line \d+ of .*arith.py"):
         leaf(2) + leaf(3)
+
+
+def returned(y):
+    class Student(Op):
+        def forward(self, x):
+            return y(x)
+
+        def backward(self, dy):
+            return dy
+
+    return Student
+
+
+@pytest.mark.parametrize(
+    ("y", "what"),
+    [
+        (lambda x: None, "None"),
+        (lambda x: 1.0, "a float"),
+        (lambda x: [x], "a list"),
+        (lambda x: tensor(x), "a Tensor"),
+        (lambda x: (x, None), "None"),
+        (lambda x: (), "an empty tuple"),
+        (lambda x: "text", "a str"),
+    ],
+)
+def test_a_forward_that_returns_no_array_is_named_with_its_file_and_line(y, what):
+    student = returned(y)
+    line = student.forward.__code__.co_firstlineno
+    expected = rf"Student.forward returned {what}; expected an array[^$]*, line {line} of .*test_autograd.py"
+    for context in (no_grad(), enable_grad()):
+        with context, pytest.raises(TypeError, match=expected):
+            student.apply(leaf(3))
+
+
+@pytest.mark.parametrize("error", [ValueError("of mine"), KeyError("k"), ZeroDivisionError("z"), AttributeError("a")])
+def test_an_error_inside_either_half_keeps_its_type_and_names_the_op(error):
+    class Fails(Op):
+        def forward(self, x):
+            if self.forwards:
+                raise error
+            return x * 1.0
+
+        def backward(self, dy):
+            raise error
+
+    def notes(function):
+        error.__notes__ = []
+        with pytest.raises(type(error)) as caught:
+            function()
+        assert caught.value is error
+        return error.__notes__
+
+    (note,) = notes(lambda: Fails.apply(leaf(3), forwards=True))
+    assert re.search(r"in Fails.forward\(\(3,\) float64 cpu\), line \d+ of .*test_autograd.py", note)
+    y = Fails.apply(leaf(3), forwards=False).sum()
+    (note,) = notes(y.backward)
+    assert re.search(r"in Fails.backward\(\(3,\) float64 cpu\), line \d+ of .*test_autograd.py", note)
+
+
+@pytest.mark.parametrize("x", [2.0, None, np.float64(2)])
+def test_an_op_wants_one_tensor_or_array(x):
+    with pytest.raises(TypeError, match=r"Exp needs a Tensor or an array among its inputs, not (2.0|None)"):
+        ops.exp(x)
 
 
 def test_an_op_without_its_halves_says_so():

@@ -76,6 +76,18 @@ def all_finite(arrays: Iterable[Array]) -> bool:
     return bool(xp.isfinite(xp.stack([f(a) for a in arrays for f in (xp.max, xp.min)])).all())
 
 
+def largest(x: Array, axis: Any) -> Array:
+    """The maximum along `axis` (an axis or several), kept as axes of length 1; 0 where there is nothing.
+
+    What is subtracted before exp, so that it cannot overflow.
+    """
+    axes = axis if isinstance(axis, tuple) else (axis,)
+    if all(x.shape[i] for i in axes):
+        return x.max(axis=axis, keepdims=True)
+    axes = tuple(i % x.ndim for i in axes)
+    return array_module(x).zeros(tuple(1 if i in axes else n for i, n in enumerate(x.shape)), x.dtype)
+
+
 def scatter_add(total: Array, index: Array, values: Array) -> None:
     """`total[index] += values`, each value of a repeated index too: total (V, C), index (N,), values (N, C).
 

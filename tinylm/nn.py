@@ -68,16 +68,8 @@ class Module:
 
     def _members(self) -> Iterator[tuple[str, Any]]:
         """(name, Parameter or Module) of the attributes, and of what lists, tuples and dicts among them hold."""
-
-        def within(name: str, x: Any) -> Iterator[tuple[str, Any]]:
-            if isinstance(x, Parameter | Module):
-                yield name, x
-            elif isinstance(x, list | tuple | dict):
-                for key, y in x.items() if isinstance(x, dict) else enumerate(x):
-                    yield from within(f"{name}.{key}", y)
-
         for name, x in vars(self).items():
-            yield from within(name, x)
+            yield from _members_of(name, x)
 
     def parameters(self) -> Iterator[Parameter]:
         return (parameter for _, parameter in self.named_parameters())
@@ -133,6 +125,14 @@ class Module:
         shapes = [f"{name}={x.shape}" for name, x in self._members() if isinstance(x, Parameter)]
         below = [f"  {name}: " + repr(child).replace("\n", "\n  ") for name, child in self.children()]
         return "\n".join([f"{type(self).__name__}({', '.join(shapes)})", *below])
+
+
+def _members_of(name: str, x: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(x, Parameter | Module):
+        yield name, x
+    elif isinstance(x, list | tuple | dict):
+        for key, y in x.items() if isinstance(x, dict) else enumerate(x):
+            yield from _members_of(f"{name}.{key}", y)
 
 
 def _normal(shape: tuple[int, ...], std: float) -> Array:

@@ -28,7 +28,7 @@ class BlockedCausalAttention(CausalAttention):
             s = product(q[:, :, start:end] * (1 / math.sqrt(D)), k[:, :, :seen].swapaxes(-1, -2))
             n = end - start
             corner = s[:, :, :, -n:]
-            corner[...] = xp.where(causal_mask(xp, n, n), corner, s.dtype.type(-math.inf))
+            corner[...] = xp.where(causal_mask(xp, n, n), corner, -math.inf)
             s -= s.max(axis=-1, keepdims=True)
             p = xp.exp(s, out=s)
             p /= p.sum(axis=-1, keepdims=True)

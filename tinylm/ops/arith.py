@@ -151,7 +151,7 @@ class Relu(Op):
 
     def backward(self, dy):
         (y,) = self.saved
-        return array_module(dy).where(y <= 0, dy.dtype.type(0), dy)  # where y is NaN, dy goes on, as in PyTorch
+        return array_module(dy).where(y <= 0, 0, dy)  # where y is NaN, dy goes on, as in PyTorch
 
 
 class Maximum(Binary):

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .. import random
-from ..array import array_module
+from ..array import array_module, largest
 from ..autograd import Op
 from .dropout import keep_mask
 from .matmul import product
@@ -29,8 +29,8 @@ class CausalAttention(Op):
         self.check(q, k, v)
         xp = array_module(q)
         s = product(q, k.swapaxes(-1, -2)) / math.sqrt(q.shape[3])  # (B, H, T, S)
-        s = xp.where(causal_mask(xp, *s.shape[2:]), s, s.dtype.type(-math.inf))
-        p = xp.exp(s - s.max(axis=-1, keepdims=True))  # the query's own key is there: the maximum is finite
+        s = xp.where(causal_mask(xp, *s.shape[2:]), s, -math.inf)
+        p = xp.exp(s - largest(s, -1))  # the query's own key is there: the maximum is finite
         p /= p.sum(axis=-1, keepdims=True)
         self.save(q, k, v, p)
         return product(self.dropped(p), v)
@@ -48,6 +48,8 @@ class CausalAttention(Op):
         if not (q.ndim == k.ndim == v.ndim == 4):
             raise ValueError("q, k and v must be of shape (B, H, T, D)")
         (B, H, T, D), S = q.shape, k.shape[2]
+        if D == 0:
+            raise ValueError("q and k need at least one channel")
         if k.shape != (B, H, S, D) or v.shape[:3] != (B, H, S):
             raise ValueError("q, k and v must agree in batch and heads, q and k in head size, k and v in length")
         if T > S:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.lib.array_utils import normalize_axis_tuple
 
-from ..array import array_module
+from ..array import array_module, largest
 from ..autograd import Op
 
 if TYPE_CHECKING:
@@ -107,8 +107,8 @@ class LogSumExp(Reduction):
     def forward(self, x):
         xp = array_module(x)
         self.measure(x)
-        m = x.max(axis=self.axes, keepdims=True) if self.count else xp.zeros(self.kept, x.dtype)
-        m = xp.where(xp.isinf(m), x.dtype.type(0), m)  # a row of -inf only: log(0) is -inf, not NaN
+        m = largest(x, self.axes)
+        m = xp.where(xp.isinf(m), 0, m)  # a row of -inf only: log(0) is -inf, not NaN
         with np.errstate(divide="ignore", over="ignore"):
             y = xp.log(self.total(xp.exp(x - m))) + m
         self.save(x, y)

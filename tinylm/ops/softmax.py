@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..array import array_module
+from ..array import array_module, largest
 from ..autograd import Op
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ class Softmax(Op):
     axis: int
 
     def forward(self, x):
-        y = array_module(x).exp(x - x.max(axis=self.axis, keepdims=True))  # minus the maximum: exp cannot overflow
+        y = array_module(x).exp(x - largest(x, self.axis))  # minus the maximum: exp cannot overflow
         y /= y.sum(axis=self.axis, keepdims=True)
         self.save(y)  # y alone is enough for backward
         return y
@@ -34,7 +34,7 @@ class LogSoftmax(Op):
 
     def forward(self, x):
         xp = array_module(x)
-        y = x - x.max(axis=self.axis, keepdims=True)
+        y = x - largest(x, self.axis)
         y -= xp.log(xp.exp(y).sum(axis=self.axis, keepdims=True))
         self.save(y)
         return y
