@@ -107,15 +107,15 @@ def test_mixed_dtypes(device):
 def test_errors(device):
     x, w = device.tensor(np.zeros((2, 3)), np.float32), device.tensor(np.zeros((4, 5)), np.float32)
     seen = rf"\(\(2, 3\) float32 {device.name}, \(4, 5\) float32 {device.name}"
-    with pytest.raises(ValueError, match=rf"MatMul{seen}\): the inner dimensions 3 and 4 differ"):
+    with pytest.raises(ValueError, match=rf"the inner dimensions 3 and 4 differ[^$]*MatMul.forward{seen}\)"):
         x @ w
-    with pytest.raises(ValueError, match=r"MatMul.*: a scalar is no matrix; use \* instead"):
+    with pytest.raises(ValueError, match=r"a scalar is no matrix; use \* instead[^$]*MatMul"):
         x @ 2.0
-    with pytest.raises(ValueError, match=r"MatMul.*: a scalar is no matrix; use \* instead"):
+    with pytest.raises(ValueError, match=r"a scalar is no matrix; use \* instead[^$]*MatMul"):
         x @ device.tensor(2.0)
-    with pytest.raises(ValueError, match=rf"Linear{seen}, None\): weight must be \(out, in\) with in = 3"):
+    with pytest.raises(ValueError, match=rf"weight must be \(out, in\) with in = 3[^$]*Linear.forward{seen}, None\)"):
         ops.linear(x, w)
-    with pytest.raises(ValueError, match=r"Linear.*: bias must be of shape \(5,\)"):
+    with pytest.raises(ValueError, match=r"bias must be of shape \(5,\)[^$]*Linear"):
         ops.linear(x, device.tensor(np.zeros((5, 3)), np.float32), device.tensor(np.zeros(3), np.float32))
-    with pytest.raises(ValueError, match=r"MatMul\(\(2, 2, 3\) float32 \w+, \(4, 3, 2\) float32 \w+\): "):
+    with pytest.raises(ValueError, match=r"in MatMul.forward\(\(2, 2, 3\) float32 \w+, \(4, 3, 2\) float32 \w+\)"):
         device.tensor(np.zeros((2, 2, 3)), np.float32) @ device.tensor(np.zeros((4, 3, 2)), np.float32)

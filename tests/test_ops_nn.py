@@ -92,10 +92,10 @@ def test_float16_sums_over_many_rows_are_formed_in_float32(device):
 
 def test_layer_norm_errors(device):
     x, w = device.tensor(np.zeros((2, 3)), np.float32), device.tensor(np.zeros(2), np.float32)
-    seen = rf"LayerNorm\(\(2, 3\) float32 {device.name}, "
-    with pytest.raises(ValueError, match=seen + r".*: weight and bias must be of shape \(3,\)"):
+    seen = rf"[^$]*LayerNorm.forward\(\(2, 3\) float32 {device.name}, "
+    with pytest.raises(ValueError, match=r"weight and bias must be of shape \(3,\)" + seen):
         ops.layer_norm(x, w)
-    with pytest.raises(ValueError, match=seen + r".*: weight and bias must be of shape \(3,\)"):
+    with pytest.raises(ValueError, match=r"weight and bias must be of shape \(3,\)" + seen):
         ops.layer_norm(x, device.tensor(np.zeros(3), np.float32), w)
 
 
@@ -113,14 +113,6 @@ def test_gelu(device, shape):
 
 def test_gelu_far_out(device):
     check(device, ops.gelu, torch_gelu, np.array([-1e3, -10.0, -5.0, 0.0, 5.0, 10.0, 1e3]), differences=False)
-
-
-def test_gelu_by_pieces(device, monkeypatch):
-    """An array of several pieces, the last of them ragged, in and out of C order."""
-    monkeypatch.setattr(array, "CPU_PIECE", 7)
-    monkeypatch.setattr(array, "GPU_PIECE", 7)
-    check(device, ops.gelu, torch_gelu, normal(5, 4))
-    check(device, lambda x: ops.gelu(x.T), lambda x: torch_gelu(x.T), normal(5, 4), differences=False)
 
 
 def test_gelu_without_recording(device):
@@ -176,11 +168,11 @@ def test_float16_rows_are_added_in_float32(device):
 
 def test_embedding_errors(device):
     weight = device.tensor(np.zeros((4, 2)), np.float32)
-    seen = rf"Embedding\(\(4, 2\) float32 {device.name}, \(2,\) int64 {device.name}\): "
+    seen = rf"[^$]*Embedding.forward\(\(4, 2\) float32 {device.name}, \(2,\) int64 {device.name}\)"
     for ids, wrong in (([0, 4], 4), ([-1, 9], -1)):
-        with pytest.raises(IndexError, match=seen + f"id {wrong} is outside the vocabulary of 4"):
+        with pytest.raises(IndexError, match=f"id {wrong} is outside the vocabulary of 4" + seen):
             ops.embedding(weight, device.array(ids))
-    with pytest.raises(TypeError, match=r"Embedding.*: ids must be integers"):
+    with pytest.raises(TypeError, match=r"ids must be integers[^$]*Embedding"):
         ops.embedding(weight, device.array([0.0, 1.0]))
 
 

@@ -34,7 +34,8 @@ def test_the_spellings_of_reshape(device):
 def test_transpose(device, shape, data):
     order = data.draw(st.permutations(range(len(shape))))
     axes = tuple(a - len(shape) if data.draw(st.booleans()) else a for a in order)
-    check(device, lambda x: x.transpose(*axes), lambda x: x.permute(order), normal(*shape))
+    check(device, lambda x: x.permute(*axes), lambda x: x.permute(order), normal(*shape))
+    check(device, lambda x: x.transpose(axes), lambda x: x.permute(order), normal(*shape))
     check(device, lambda x: x.T, lambda x: x.permute(*reversed(range(x.ndim))), normal(*shape))
 
 
@@ -42,6 +43,16 @@ def test_transpose(device, shape, data):
 def test_every_order_of_three_axes(device, order):
     """Only with three axes is there an order that is not its own inverse."""
     check(device, lambda x: x.transpose(order), lambda x: x.permute(order), normal(2, 3, 4), differences=False)
+
+
+def test_transpose_takes_two_axes_as_pytorch_does_and_a_tuple_as_numpy_does(device):
+    x = normal(2, 3)
+    for axes in ((0, 1), (1, 0), (-1, 0)):
+        assert device.tensor(x).transpose(*axes).shape == torch.tensor(x).transpose(*axes).shape == (3, 2)
+    assert device.tensor(x).transpose((0, 1)).shape == (2, 3)
+    assert device.tensor(x).permute(0, 1).shape == (2, 3)
+    assert device.tensor(x).transpose().shape == (3, 2)
+    assert device.tensor(normal(2, 3, 4)).transpose(2, 0, 1).shape == (4, 2, 3)
 
 
 @draws
@@ -97,15 +108,18 @@ def test_one_tensor_twice(device):
 @draws
 def test_split(device, shape, data):
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
-    n = shape[axis]
-    check(device, lambda x: x.split(n, axis), lambda x: torch.tensor_split(x, n, axis), normal(*shape))
-    ends = sorted(data.draw(st.lists(st.integers(0, n), max_size=3)))
-    check(device, lambda x: x.split(ends, axis), lambda x: torch.tensor_split(x, ends, axis), normal(*shape))
+    size = data.draw(st.integers(1, shape[axis] + 1))
+    for n in (size, np.int64(size)):
+        check(device, lambda x, n=n: x.split(n, axis), lambda x: torch.split(x, size, axis), normal(*shape))
+    check(device, lambda x: x.chunk(size, axis), lambda x: torch.chunk(x, size, axis), normal(*shape))
+    ends = sorted(data.draw(st.lists(st.integers(0, shape[axis]), max_size=3)))
+    sizes = np.diff([0, *ends, shape[axis]]).tolist()
+    check(device, lambda x: x.split(sizes, axis), lambda x: torch.split(x, sizes, axis), normal(*shape))
 
 
 def test_parts_that_the_loss_ignores_get_zeros(device):
     x = device.leaf(np.arange(6.0).reshape(2, 3))
-    _, middle, _ = x.split(3, axis=1)
+    _, middle, _ = x.chunk(3, axis=1)
     (middle * 2).sum().backward()
     assert_close(x.grad, [[0.0, 2.0, 0.0], [0.0, 2.0, 0.0]])
 
@@ -211,15 +225,23 @@ def test_index_by_drawn_keys(device, data):
 
 def test_errors_name_the_op_and_the_shapes(device):
     x = device.tensor(np.zeros((2, 3)), np.float32)
-    seen = rf"\(\(2, 3\) float32 {device.name}\): "
+    seen = rf".forward\(\(2, 3\) float32 {device.name}\)"
     with pytest.raises(ValueError, match="Reshape" + seen):
         x.reshape(4, 2)
-    with pytest.raises(ValueError, match="Transpose" + seen + r".*axes \(0, 0\) must name each of 2 axes once"):
-        x.transpose(0, 0)
-    with pytest.raises(ValueError, match="Transpose" + seen + r".*swapaxes\(i, j\) swaps just two"):
+    with pytest.raises(ValueError, match=r"axes \(0, 0\) must name each of 2 axes once[^$]*Transpose" + seen):
+        x.permute(0, 0)
+    with pytest.raises(ValueError, match=r"swapaxes\(i, j\) swaps just two[^$]*Transpose" + seen):
         x.transpose(1)
-    with pytest.raises(ValueError, match="Split" + seen):
-        x.split(2, axis=1)
+    with pytest.raises(ValueError, match=r"sizes \(1, 1\) add up to 2, not to 3[^$]*Split" + seen):
+        x.split([1, 1], axis=1)
+    for wrong in (lambda: x.split(0), lambda: x.chunk(0)):
+        with pytest.raises(ValueError, match="must"):
+            wrong()
+    for wrong in (lambda: x.split(1, 2), lambda: x.chunk(1, -3), lambda: x.swapaxes(0, 2), lambda: x.sum().swapaxes(0, 0)):
+        with pytest.raises(IndexError, match="axis -?[0-9] is out of range"):
+            wrong()
+    with pytest.raises(ValueError, match="Reshape" + seen):
+        x.view(5)
     with pytest.raises(ValueError, match="BroadcastTo" + seen):
         ops.broadcast_to(x, (2, 4))
     with pytest.raises(IndexError, match="Index" + seen):
@@ -230,7 +252,7 @@ def test_errors_name_the_op_and_the_shapes(device):
 
 def test_errors_of_several_tensors(device):
     a, b = device.tensor(np.zeros((2, 3)), np.float32), device.tensor(np.zeros((2, 4)), np.float32)
-    with pytest.raises(ValueError, match=r"Concatenate\(\(2, 3\) float32 \w+, \(2, 4\) float32 \w+\): "):
+    with pytest.raises(ValueError, match=r"Concatenate.forward\(\(2, 3\) float32 \w+, \(2, 4\) float32 \w+\)"):
         ops.concatenate([a, b], axis=0)
     with pytest.raises(ValueError, match=r"stack needs equal shapes, not \[\(2, 3\), \(2, 4\)\]"):
         ops.stack([a, b])

@@ -173,12 +173,12 @@ def test_spellings_of_targets(device):
 
 def test_errors(device):
     x = device.tensor(np.zeros((2, 3)), np.float32)
-    seen = rf"CrossEntropy\(\(2, 3\) float32 {device.name}, "
-    with pytest.raises(ValueError, match=seen + r".*: target 3 is outside the vocabulary of 3"):
+    seen = rf"[^$]*CrossEntropy.forward\(\(2, 3\) float32 {device.name}, "
+    with pytest.raises(ValueError, match="target 3 is outside the vocabulary of 3" + seen):
         ops.cross_entropy(x, device.array([0, 3]))
     with pytest.raises(ValueError, match=r"target -1 is outside the vocabulary of 3"):
         ops.cross_entropy(x, device.array([0, -1]))
-    with pytest.raises(ValueError, match=seen + r"\(3,\) int64 .*: targets must be integers of shape \(2,\)"):
+    with pytest.raises(ValueError, match=r"targets must be integers of shape \(2,\)" + seen + r"\(3,\) int64"):
         ops.cross_entropy(x, device.array([0, 1, 2]))
     with pytest.raises(ValueError, match=r"targets must be integers of shape \(2,\)"):
         ops.cross_entropy(x, device.array([0.0, 1.0]))
@@ -189,6 +189,6 @@ def test_errors(device):
 @pytest.mark.parametrize("fn", [ops.softmax, ops.log_softmax], ids=lambda fn: fn.__name__)
 def test_an_axis_that_is_not_there(device, fn):
     with pytest.raises(
-        (ValueError, IndexError), match=rf"Softmax\(\(2, 3\) float32 {device.name}\): axis 2 is out of bounds"
+        (ValueError, IndexError), match=rf"axis 2 is out of bounds[^$]*Softmax.forward\(\(2, 3\) float32 {device.name}\)"
     ):
         fn(device.tensor(np.zeros((2, 3)), np.float32), axis=2)

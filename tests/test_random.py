@@ -9,7 +9,7 @@ from helpers import assert_close, host
 from tinylm import random
 from tinylm.random import Key
 
-KEY = Key(seed=1, counter=2, part=0, first_sample=0)
+KEY = Key(seed=1, counter=2, first_sample=0)
 
 
 def draw(device, key, shape):
@@ -54,8 +54,6 @@ def test_uniform_statistics(device):
     [
         KEY._replace(seed=2),
         KEY._replace(counter=3),
-        KEY._replace(part=1),
-        KEY._replace(part=64),
         KEY._replace(first_sample=1000),
         KEY._replace(seed=2, counter=1),
         KEY._replace(seed=1 + 2**32),
@@ -86,9 +84,17 @@ def test_neighbouring_large_seeds_differ(device):
 def test_next_key_counts():
     random.seed(5)
     first, second = random.next_key(), random.next_key()
-    assert first == Key(5, 1, 0, 0)
-    assert second == Key(5, 2, 0, 0)
-    assert random.fork(second, 3) == Key(5, 2, 3, 0)
+    assert first == Key(5, 1, 0)
+    assert second == Key(5, 2, 0)
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 5), (2, 6, 2, 3), (1, 4), (4, 9, 8)])
+def test_rows_are_drawn_as_in_the_whole(device, shape):
+    whole = draw(device, KEY, shape)
+    for start in range(shape[1]):
+        for end in range(start + 1, shape[1] + 1):
+            part = host(random.uniform(KEY, shape, device.array(0.0), rows=(start, end)))
+            np.testing.assert_array_equal(part, whole[:, start:end])
 
 
 def test_state_is_what_seed_takes():
@@ -114,8 +120,8 @@ def test_threads_have_streams_of_their_own():
     thread = threading.Thread(target=work)
     thread.start()
     thread.join()
-    assert seen == [(0, 0, 0), Key(9, 101, 0, 0)]
-    assert random.next_key() == Key(5, 2, 0, 0)
+    assert seen == [(0, 0, 0), Key(9, 101, 0)]
+    assert random.next_key() == Key(5, 2, 0)
 
 
 def test_generators_depend_on_every_number():

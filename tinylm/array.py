@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.lib.array_utils import normalize_axis_tuple
 
 Array = Any  # a numpy.ndarray or a cupy.ndarray
 _HOST = (np.ndarray, np.generic)
@@ -81,10 +82,9 @@ def largest(x: Array, axis: Any) -> Array:
 
     What is subtracted before exp, so that it cannot overflow.
     """
-    axes = axis if isinstance(axis, tuple) else (axis,)
+    axes = normalize_axis_tuple(axis, x.ndim)
     if all(x.shape[i] for i in axes):
         return x.max(axis=axis, keepdims=True)
-    axes = tuple(i % x.ndim for i in axes)
     return array_module(x).zeros(tuple(1 if i in axes else n for i, n in enumerate(x.shape)), x.dtype)
 
 
@@ -94,7 +94,10 @@ def scatter_add(total: Array, index: Array, values: Array) -> None:
     The values of one index are summed in at least float32 and added once.
     """
     if device_of(total) == "cuda":
-        cupy().add.at(total, index, values.astype(total.dtype, copy=False))
+        sums = cupy().zeros(total.shape, np.float32) if total.dtype == np.float16 else total
+        cupy().add.at(sums, index, values.astype(sums.dtype, copy=False))
+        if sums is not total:
+            total += sums.astype(np.float16)
     elif index.size:
         # numpy.add.at walks element by element; sorting brings equal indices together, and reduceat sums each run.
         order = np.argsort(index, kind="stable")

@@ -386,7 +386,7 @@ def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:
         return dy
     extra = dy.ndim - len(shape)
     stretched = [extra + i for i, n in enumerate(shape) if n == 1 and dy.shape[extra + i] != 1]
-    total = dy.sum(axis=(*range(extra), *stretched), dtype=np.float32 if dy.dtype == FLOAT16 else None)
+    total = dy.sum(axis=(*range(extra), *stretched), dtype=np.float32 if dy.dtype == FLOAT16 else None, keepdims=True)
     return total.reshape(shape).astype(dy.dtype, copy=False)
 
 

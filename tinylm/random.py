@@ -61,7 +61,7 @@ def uniform(key: Key, shape: tuple[int, ...], like: Array, rows: tuple[int, int]
     blocks = -(-a_sample // _WORDS_A_BLOCK)  # whole blocks a sample, so that each starts at a block of its own
     first = key.first_sample * blocks
     if rows is None:
-        words = _words(key, first, samples * blocks).reshape(samples, -1)[:, :a_sample]
+        words = _words(key, first, samples * blocks).reshape(samples, blocks * _WORDS_A_BLOCK)[:, :a_sample]
     else:
         a_row = prod(shape[2:])
         shape = (samples, rows[1] - rows[0], *shape[2:])
