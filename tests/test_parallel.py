@@ -15,14 +15,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
-from tinylm import GPT, GPTConfig, Op, detect_anomaly, no_grad, ops, random, reference_only, registry, tensor
-from tinylm.autograd import current, is_grad_enabled
+from tinylm import GPT, GPTConfig, Op, detect_anomaly, no_grad, ops, parallel, random, reference_only, tensor
 from tinylm.data import Vocabulary, fingerprint, get_batch
 from tinylm.nn import Linear, Module
 from tinylm.optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
 from tinylm.parallel import Workers, available_cores, replica
 from tinylm.precision import GradScaler, autocast
 from tinylm.runs import Run
+from tinylm.settings import current
 from tinylm.training import TrainConfig, TrainState, batch_gradient, evaluate, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 12
@@ -388,7 +388,8 @@ def test_workers_see_what_becomes_of_the_weights(order):
 
 def observed(rank):
     """What recording depends on, in this thread."""
-    settings = [is_grad_enabled(), current("anomaly"), current("autocast") is not None, registry.twins_on()]
+    record = current()
+    settings = [record.recording, record.anomaly, record.autocast is not None, record.engines != ()]
     return (*settings, random.state(), np.geterr()["over"])
 
 
@@ -470,10 +471,40 @@ def test_an_exception_under_other_settings_does_not_stay_in_the_threads():
         assert [(o[0], o[3]) for o in workers.run(observed)] == [(True, True)] * 2
 
 
+def test_an_interrupted_gradient_never_reaches_the_model_afterwards(monkeypatch):
+    """Ctrl-C while the threads work: what they still compute must not appear after zero_grad()."""
+    model = make()
+    going_on = threading.Event()
+    done = []
+
+    def work(rank, each):
+        loss = each.loss(*get_batch(TOKENS, 2, each.config.block_size, 1, 0))
+        going_on.wait(10)
+        loss.backward()
+        done.append(rank)
+
+    def interrupted(futures):
+        raise KeyboardInterrupt
+
+    with Workers(model, 2) as workers:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(parallel, "wait", interrupted)
+            workers.gradient(work)
+        model.zero_grad()
+        going_on.set()
+        deadline = time.monotonic() + 10
+        while len(done) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(done) == 2
+        assert all(p.grad is None for p in model.parameters())
+        workers.gradient(work)  # and the workers can be used again
+        assert all(p.grad is not None for p in model.parameters())
+
+
 def test_a_wrong_target_is_reported_in_the_ops_words():
     tokens = TOKENS.copy()
     tokens[:] = 999
-    with pytest.raises(IndexError, match=r"Embedding\("):
+    with pytest.raises(IndexError, match="id 999 is outside"):
         list(train(state_of(make(), threads=2), tokens, TOKENS[:20]))
 
 

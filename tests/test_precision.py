@@ -7,7 +7,7 @@ import pytest
 import torch
 from helpers import assert_close, normal
 
-from tinylm import GPT, GPTConfig, Tensor, nn, ops, optim, precision, random
+from tinylm import GPT, GPTConfig, Tensor, nn, ops, optim, override, precision, random
 from tinylm.optim import AdamW, decay_groups
 from tinylm.precision import GradScaler, autocast
 from tinylm.training import TrainConfig, TrainState, train
@@ -493,9 +493,15 @@ def test_the_gradient_norm_is_that_of_the_unscaled_gradient_and_clipping_comes_a
     norms, left = [], []
     for dtype in ("float32", "float16"):
         model = tiny()
-        (step,) = train(TrainState(model, TrainConfig(dtype=dtype, **config)), TOKENS, TOKENS[:20])
+        coefficients = []
+
+        def update(params, grads, *rest, coefficient, coefficients=coefficients):
+            coefficients.append(coefficient)
+
+        with override(optim.adamw, lambda *lists: update(*lists[:-1], coefficient=lists[-1])):
+            (step,) = train(TrainState(model, TrainConfig(dtype=dtype, **config)), TOKENS, TOKENS[:20])
         norms.append(step.grad_norm)
-        left.append(optim.clip_grad_norm_(model.parameters(), np.inf))
+        left.append(optim.clip_grad_norm_(model.parameters(), np.inf) * coefficients[0])
     assert norms[0] > 0.1
     assert norms[1] == pytest.approx(norms[0], rel=5e-3)
     assert left == pytest.approx([0.1, 0.1], rel=1e-4)

@@ -194,7 +194,7 @@ def test_an_output_that_nobody_uses_sends_no_gradient(device):
         expected = gradients(device, build, Plain, (5, 6), (5, 6))
     np.testing.assert_array_equal(found[1], expected[1])
     assert expected[2] is None
-    np.testing.assert_array_equal(found[2], np.zeros((5, 6)))  # an input that requires a gradient has one
+    assert found[2] is None
     assert all(p.grad is None for p in net.parameters())
 
 
@@ -302,7 +302,7 @@ def test_what_was_computed_outside_must_be_given_as_an_input(way):
 
 def test_errors_inside_name_the_op_and_leave_nothing_changed():
     x = Tensor(np.ones((2, 3)), requires_grad=True)
-    with pytest.raises(ValueError, match=r"MatMul.*inner dimensions 3 and 2 differ"):
+    with pytest.raises(ValueError, match=r"inner dimensions 3 and 2 differ[^$]*MatMul"):
         checkpoint(lambda x: x @ x, x)
     assert is_grad_enabled()
     calls = []
@@ -340,7 +340,7 @@ def test_a_second_backward_says_so():
     x = Tensor([3.0], requires_grad=True)
     y = checkpoint(lambda x: x * x, x)
     y.backward()
-    with pytest.raises(RuntimeError, match="already walked Checkpoint"):
+    with pytest.raises(RuntimeError, match="already walked Recompute"):
         y.backward()
 
 
@@ -415,7 +415,7 @@ def test_the_tape_holds_the_inputs_alone():
         (net(net(x * 2))).sum()
     with track_memory(net) as m:
         y = checkpoint(lambda h: net(net(h)), x * 2).sum()
-        assert m.now.saved == {"Checkpoint": 50 * 6 * 4}
+        assert m.now.saved == {"Recompute": 50 * 6 * 4}
         y.backward()
         assert m.now.activations == 0
     assert m.peak_activations >= stored.peak_activations  # all of it, in backward: it is one checkpoint

@@ -9,9 +9,9 @@ import torch
 from helpers import assert_close
 from torch_gpt import from_tinylm
 
-from tinylm import GPT, GPTConfig, Op, random
+from tinylm import GPT, GPTConfig, Op, override, random
 from tinylm.data import Vocabulary, get_batch
-from tinylm.optim import warmup_cosine
+from tinylm.optim import adamw, clip_grad_norm_, warmup_cosine
 from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 12
@@ -102,13 +102,43 @@ def test_without_eval_every_it_evaluates_at_the_end_alone():
 
 
 def test_the_gradient_norm_is_that_before_clipping():
-    free, clipped = make(), make()
-    (a,), (b,) = run(free, steps=1, clip=0), run(clipped, steps=1, clip=0.1)
-    assert a.grad_norm == b.grad_norm > 0.1
-    left = math.sqrt(sum(float((p.grad**2).sum()) for p in clipped.parameters()))
-    assert math.isclose(left, 0.1, rel_tol=1e-4)
-    left = math.sqrt(sum(float((p.grad**2).sum()) for p in free.parameters()))
-    assert math.isclose(left, a.grad_norm, rel_tol=1e-5)  # clip=0 does not clip
+    found = []
+    for clip in (0, 0.1):
+        norms = []
+
+        def update(params, grads, *rest, norms=norms):
+            norms.append(rest[-1] * math.sqrt(sum(float((g**2).sum()) for g in grads)))  # of what the update is given
+
+        with override(adamw, update):
+            (step,) = run(make(), steps=1, clip=clip)
+        found.append((step.grad_norm, *norms))
+    (norm, free), (same, clipped) = found
+    assert norm == same > 0.1
+    assert math.isclose(clipped, 0.1, rel_tol=1e-4)
+    assert math.isclose(free, norm, rel_tol=1e-5)  # clip=0 does not clip
+
+
+def test_a_clip_of_ones_own_is_called_and_left_alone():
+    """An override of clip_grad_norm_ works in place, and nothing is clipped a second time."""
+    given = []
+
+    def halve(parameters, max_norm):
+        for p in parameters:
+            p.grad *= 0.5
+        return 7.0
+
+    def update(params, grads, *rest):
+        given.append((rest[-1], [g.copy() for g in grads]))
+
+    with override(adamw, update):
+        run(make(), steps=1, clip=1e9)
+        with override(clip_grad_norm_, halve) as mine:
+            (step,) = run(make(), steps=1, clip=0.1)
+    assert (mine.forward_calls, step.grad_norm) == (1, 7.0)
+    (_, whole), (coefficient, halved) = given
+    assert coefficient == 1.0
+    for a, b in zip(whole, halved, strict=True):
+        np.testing.assert_array_equal(a * 0.5, b)
 
 
 def test_training_is_in_place_and_in_training_mode():

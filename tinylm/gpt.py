@@ -156,7 +156,7 @@ class GPT(Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
-                p.data[...] = random.generator(*random.next_key()).normal(0.0, std, p.shape)
+                p.data[...] = random.next_generator().normal(0.0, std, p.shape)
             elif name.endswith("bias"):
                 p.data[...] = 0
 

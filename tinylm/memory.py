@@ -63,7 +63,8 @@ class track_memory(Block):
         self.timeline: list[Snapshot] = []
         self._nodes: weakref.WeakSet[autograd.Op] = weakref.WeakSet()
         self._walks: weakref.WeakSet[autograd.Walk] = weakref.WeakSet()
-        self._leaves = {id(p): weakref.ref(p) for p in self.parameters}  # and those that workers have in their stead
+        self._weights = {id(_buffer(p.data)) for p in self.parameters}
+        self._leaves: dict[int, Any] = {}  # weak references of all parameters seen, the workers' replicas too
         self._copies: dict[int, Any] = {}  # id -> weak reference of autocast's copies of parameters
         self._lock = threading.Lock()
 
@@ -71,27 +72,29 @@ class track_memory(Block):
         """Called by the engine for a new node."""
         with self._lock:
             self._nodes.add(op)
-            for leaf in op.parents or ():
-                if isinstance(leaf, Parameter):
-                    self._leaves[id(leaf)] = weakref.ref(leaf)
+            self._leaves |= {id(leaf): weakref.ref(leaf) for leaf in op.parents or () if isinstance(leaf, Parameter)}
             if op.name() == "Cast" and isinstance((op.parents or (None,))[0], Parameter):
                 self._copies[id(outputs[0])] = weakref.ref(outputs[0])
             self._look()
 
-    def look(self, walk: autograd.Walk) -> None:
-        """Count what is held now; the engine calls it when a node of this walk was released."""
+    def look(self, walk: autograd.Walk | None = None) -> None:
+        """Count what is held now; the engine calls it when a node of a walk was released."""
         with self._lock:
-            self._walks.add(walk)
+            if walk is not None:
+                self._walks.add(walk)
             self._look()
 
     def _look(self) -> None:
-        leaves = [p for p in (ref() for ref in self._leaves.values()) if p is not None]
+        seen_leaves = {id(p): p for p in (ref() for ref in self._leaves.values()) if p is not None}
+        leaves = {id(p): p for p in self.parameters} | seen_leaves
+        ours = [p for p in leaves.values() if id(_buffer(p.data)) in self._weights]
         sums = [(key, a) for walk in self._walks for key, a in list(walk.sums.items())]
+        in_walks = [(key, a) for key, a in sums if isinstance(key, Tensor)]
         snapshot = Snapshot(
-            gradients=sum(p.grad.nbytes for p in leaves if p.grad is not None)
-            + sum(a.nbytes for key, a in sums if isinstance(key, Tensor))
+            gradients=sum(p.grad.nbytes for p in ours if p.grad is not None)
+            + sum(a.nbytes for p, a in in_walks if id(_buffer(p.data)) in self._weights)
         )
-        seen = {id(_buffer(p.data)) for p in leaves}
+        seen = {id(_buffer(p.data)) for p in leaves.values()}
         for op in sorted(self._nodes, key=lambda op: op.order):
             for array in _arrays(op.saved):
                 buffer = _buffer(array)

@@ -136,11 +136,11 @@ def _members_of(name: str, x: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _normal(shape: tuple[int, ...], std: float) -> Array:
-    return random.generator(*random.next_key()).normal(0.0, std, shape).astype(np.float32)
+    return random.next_generator().normal(0.0, std, shape).astype(np.float32)
 
 
 def _uniform(shape: tuple[int, ...], bound: float) -> Array:
-    return random.generator(*random.next_key()).uniform(-bound, bound, shape).astype(np.float32)
+    return random.next_generator().uniform(-bound, bound, shape).astype(np.float32)
 
 
 class Linear(Module):

@@ -90,5 +90,11 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
+def next_generator() -> np.random.Generator:
+    """A generator of its own for the next random initialisation in this context."""
+    key = next_key()
+    return generator(key.seed, key.counter, 0, key.first_sample)  # the 0 is historical: every seed keeps its numbers
+
+
 def _word(n: Any) -> int:
     return int(n) % 2**64
