@@ -482,7 +482,25 @@ def test_a_later_format_is_refused(saved):
     described["sha256"]["state.json"] = tinylm.runs._checksum(described)
     path.write_text(json.dumps(described))
     _, told = resume(saved, make())
-    assert "has format 2, and this tinylm reads 1" in told[0]
+    assert "has format 3, and this tinylm reads (1, 2)" in told[0]
+
+
+def test_the_weights_of_an_earlier_format_load_but_its_run_does_not_resume(saved):
+    path = saved / "checkpoints" / "step-00000003" / "state.json"
+    described = json.loads(path.read_text())
+    described["format"] = 1
+    del described["sha256"]["state.json"]
+    described["sha256"]["state.json"] = tinylm.runs._checksum(described)
+    path.write_text(json.dumps(described))
+    before = {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match="cannot resume: the run was saved by an earlier version of tinylm") as error:
+        resume(saved, make())
+    assert "\n" not in str(error.value)
+    assert {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()} == before
+    loaded, _ = load_model(saved)
+    weights = safetensors.numpy.load_file(saved / "checkpoints" / "step-00000003" / "model.safetensors")
+    for name, value in loaded.state_dict().items():
+        np.testing.assert_array_equal(value, weights[name])
 
 
 def test_where_all_is_damaged_it_says_so_and_deletes_nothing(saved):

@@ -105,17 +105,17 @@ TABLE = [
     ("var", "var/unbiased", lambda x, unbiased: x.var(ddof=int(unbiased)), 69),
     ("argmax", "argmax", lambda x, axis=None: x.argmax(axis), 150),
     ("logsumexp", "logsumexp", ops.logsumexp, 320),
-    ("softmax", "softmax", ops.softmax, 120),
-    ("log_softmax", "log_softmax", ops.log_softmax, 120),
+    ("softmax", "softmax", ops.softmax, 100),
+    ("log_softmax", "log_softmax", ops.log_softmax, 100),
     ("reshape", "reshape", ops.reshape, 450),
     ("flatten", "ravel", lambda x: x.flatten(), 34),
     ("permute", "permute", lambda x, axes: ops.permute(x, axes), 740),
     ("transpose", "permute", lambda x, axes: x.transpose(axes), 740),
-    ("transpose", "transpose", lambda x, i, j: x.transpose(i, j), 93),
+    ("transpose", "transpose", lambda x, i, j: x.transpose(i, j), 84),
     ("transpose", "t", lambda x: x.T, 34),
-    ("swapaxes", "transpose", ops.swapaxes, 93),
-    ("squeeze", "squeeze", ops.squeeze, 69),
-    ("squeeze", "squeeze/multiple", ops.squeeze, 58),
+    ("swapaxes", "transpose", ops.swapaxes, 84),
+    ("squeeze", "squeeze", ops.squeeze, 60),
+    ("squeeze", "squeeze/multiple", ops.squeeze, 46),
     ("expand_dims", "unsqueeze", ops.expand_dims, 100),
     ("broadcast_to", "broadcast_to", ops.broadcast_to, 81),
     ("concatenate", "cat", ops.concatenate, 110),
@@ -204,7 +204,9 @@ def refusal(info, offered, args, kwargs):
             return "GELU by the error function"
         case "to", _, torch.Tensor(), *_:
             return "to another tensor"
-        case "squeeze", x, axes if x.ndim and any(x.shape[i] > 1 for i in np.atleast_1d(axes).astype(int)):
+        case ("softmax" | "log_softmax" | "transpose" | "squeeze"), x, *_ if x.ndim == 0:
+            return "an axis of a number is an error"
+        case "squeeze", x, axes if any(x.shape[i] > 1 for i in np.atleast_1d(axes).astype(int)):
             return "to squeeze an axis longer than 1 is an error"
         case "cat", xs, *_ if len({x.ndim for x in xs}) > 1:
             return "empty vectors beside other ranks"

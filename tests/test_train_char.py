@@ -176,6 +176,7 @@ def test_help_shows_every_default(tmp_path):
     defaults = {f.name: str(f.default) for c in (GPTConfig, TrainConfig) for f in fields(c) if f.name != "vocab_size"}
     defaults |= {"data": "Python's own language reference", "top_k": "all", "device": "cpu", "out": "runs/char"}
     defaults |= {
+        "engine": "all engines that are installed",
         "threads": str(available_cores()),
         "sample_tokens": "500",
         "temperature": "0.8",

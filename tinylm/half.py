@@ -44,7 +44,7 @@ def in_half(op: type["Op"]) -> type["Op"]:
         y = super(Half, self).forward(*came)
         if self.rounds:
             self.large = 0
-            y = each(self.narrow, np.asarray(y) if isinstance(y, np.generic) else y)
+            y = each(self.narrow, y)
         del self.given  # or the float32 arrays would live until backward
         return y
 
@@ -62,9 +62,11 @@ def in_half(op: type["Op"]) -> type["Op"]:
 
 
 def each(function: Callable[[Any], Any], x: Any) -> Any:
-    """`function` of every array in a nest of tuples and lists."""
+    """`function` of every array (and NumPy scalar) in a nest of tuples and lists."""
     if isinstance(x, tuple | list):
         return type(x)(each(function, y) for y in x)
+    if isinstance(x, np.generic):
+        x = np.asarray(x)
     return function(x) if is_array(x) else x
 
 

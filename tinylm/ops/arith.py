@@ -9,6 +9,7 @@ import numpy as np
 
 from ..array import array_module
 from ..autograd import Op
+from ..dtypes import result_type
 
 if TYPE_CHECKING:
     from ..tensor import Tensor
@@ -163,8 +164,9 @@ class Maximum(Binary):
 
     def backward(self, dy):
         a, b = self.saved
-        share = 1 - 0.5 * (a == b)
-        return dy * (share * ~(a < b)), dy * (share * ~(b < a))
+        xp = array_module(dy)
+        dy = xp.where(a == b, dy / 2, dy)
+        return xp.where(a < b, 0, dy), xp.where(b < a, 0, dy)
 
 
 class Where(Op):
@@ -239,8 +241,8 @@ def pow(x: Any, exponent: float) -> "Tensor":
             f"pow takes a number as exponent, not {type(exponent).__name__}; for a tensor write exp(log(x) * n)"
         )
     exponent = exponent.item() if isinstance(exponent, np.generic) else exponent
-    if isinstance(exponent, float) and getattr(x, "dtype", np.dtype(float)).kind != "f":
-        x = cast(x, np.float32)
+    if hasattr(x, "dtype") and x.dtype.kind != "f":
+        x = cast(x, result_type([x, exponent]))
     return Pow.apply(x, exponent=exponent)
 
 
@@ -279,6 +281,9 @@ def where(condition: Any, a: Any, b: Any) -> "Tensor":
 
     The side that was not taken gets a gradient of exactly zero, even where dy is infinite.
     """
+    if not (hasattr(a, "dtype") or hasattr(b, "dtype")):
+        xp = array_module(condition.data if hasattr(condition, "requires_grad") else condition)
+        a = xp.asarray(a, dtype=result_type([a, b]))
     return Where.apply(condition, a, b)
 
 

@@ -25,7 +25,8 @@ class Reduction(Op):
     def measure(self, x):
         """Note x's shape, and how many elements go into one output."""
         self.shape = x.shape
-        self.axes = normalize_axis_tuple(range(x.ndim) if self.axis is None else self.axis, x.ndim)
+        axes = range(x.ndim) if self.axis is None else self.axis
+        self.axes = normalize_axis_tuple(axes, x.ndim) if x.ndim else ()
         self.kept = tuple(1 if i in self.axes else n for i, n in enumerate(x.shape))
         self.count = math.prod(x.shape[i] for i in self.axes)
 
