@@ -498,7 +498,7 @@ def test_the_weights_of_an_earlier_format_load_but_its_run_does_not_resume(saved
     assert "\n" not in str(error.value)
     assert {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()} == before
     loaded, _ = load_model(saved)
-    weights = safetensors.numpy.load_file(saved / "checkpoints" / "step-00000003" / "model.safetensors")
+    weights = load_file(saved / "checkpoints" / "step-00000003" / "model.safetensors")
     for name, value in loaded.state_dict().items():
         np.testing.assert_array_equal(value, weights[name])
 
