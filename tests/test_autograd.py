@@ -830,7 +830,9 @@ def test_scalars_do_not_change_the_dtype():
 
 
 def test_errors_inside_an_op_name_it_and_its_inputs():
-    with pytest.raises(ValueError, match=r"Add.forward\(\(2,\) float64 cpu, \(3,\) float64 cpu\), line \d+ of .*arith.py"):
+    with pytest.raises(
+        ValueError, match=r"Add.forward\(\(2,\) float64 cpu, \(3,\) float64 cpu\), line \d+ of .*arith.py"
+    ):
         leaf(2) + leaf(3)
 
 

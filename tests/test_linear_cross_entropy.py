@@ -209,8 +209,14 @@ def test_float16_is_computed_in_float32_throughout(device):
         ({"targets": [0.0] * 7}, "targets must be integers"),
         ({"targets": [0, 1, 2, 3, 9, 0, 0]}, "target 9 is outside the vocabulary of 9"),
         ({"targets": [0, 1, 2, 3, -1, 0, 0]}, "target -1 is outside the vocabulary of 9"),
-        ({"weight": normal(9, 5)}, r"weight must be of shape \(V, C\) for hidden states of shape \(..., C\) = \(7, 4\)"),
-        ({"weight": normal(9, 4, 1)}, r"weight must be of shape \(V, C\) for hidden states of shape \(..., C\) = \(7, 4\)"),
+        (
+            {"weight": normal(9, 5)},
+            r"weight must be of shape \(V, C\) for hidden states of shape \(..., C\) = \(7, 4\)",
+        ),
+        (
+            {"weight": normal(9, 4, 1)},
+            r"weight must be of shape \(V, C\) for hidden states of shape \(..., C\) = \(7, 4\)",
+        ),
         ({"weight": normal(4)}, r"weight must be of shape \(V, C\) for hidden states of shape \(..., C\) = \(7, 4\)"),
     ],
 )

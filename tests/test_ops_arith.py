@@ -174,7 +174,8 @@ def test_shapes_that_do_not_broadcast(device, fn):
     a, b = device.tensor(np.zeros((2, 3)), np.float32), device.tensor(np.zeros(4), np.float32)
     name = fn.__name__.capitalize()
     with pytest.raises(
-        ValueError, match=rf"broadcast[^$]*{name}.forward\(\(2, 3\) float32 {device.name}, \(4,\) float32 {device.name}\)"
+        ValueError,
+        match=rf"broadcast[^$]*{name}.forward\(\(2, 3\) float32 {device.name}, \(4,\) float32 {device.name}\)",
     ):
         fn(a, b)
 

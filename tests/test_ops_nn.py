@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import tinylm
-from tinylm import array, gradcheck, ops
+from tinylm import gradcheck, ops
 
 
 def torch_layer_norm(x, weight, bias=None, eps=1e-5):

@@ -237,7 +237,12 @@ def test_errors_name_the_op_and_the_shapes(device):
     for wrong in (lambda: x.split(0), lambda: x.chunk(0)):
         with pytest.raises(ValueError, match="must"):
             wrong()
-    for wrong in (lambda: x.split(1, 2), lambda: x.chunk(1, -3), lambda: x.swapaxes(0, 2), lambda: x.sum().swapaxes(0, 0)):
+    for wrong in (
+        lambda: x.split(1, 2),
+        lambda: x.chunk(1, -3),
+        lambda: x.swapaxes(0, 2),
+        lambda: x.sum().swapaxes(0, 0),
+    ):
         with pytest.raises(IndexError, match="axis -?[0-9] is out of range"):
             wrong()
     with pytest.raises(ValueError, match="Reshape" + seen):

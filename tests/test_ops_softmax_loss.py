@@ -189,6 +189,7 @@ def test_errors(device):
 @pytest.mark.parametrize("fn", [ops.softmax, ops.log_softmax], ids=lambda fn: fn.__name__)
 def test_an_axis_that_is_not_there(device, fn):
     with pytest.raises(
-        (ValueError, IndexError), match=rf"axis 2 is out of bounds[^$]*Softmax.forward\(\(2, 3\) float32 {device.name}\)"
+        (ValueError, IndexError),
+        match=rf"axis 2 is out of bounds[^$]*Softmax.forward\(\(2, 3\) float32 {device.name}\)",
     ):
         fn(device.tensor(np.zeros((2, 3)), np.float32), axis=2)

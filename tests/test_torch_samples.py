@@ -204,7 +204,7 @@ def refusal(info, offered, args, kwargs):
             return "GELU by the error function"
         case "to", _, torch.Tensor(), *_:
             return "to another tensor"
-        case ("softmax" | "log_softmax" | "transpose" | "squeeze"), x, *_ if x.ndim == 0:
+        case (("softmax" | "log_softmax" | "transpose" | "squeeze"), x, *_) if x.ndim == 0:
             return "an axis of a number is an error"
         case "squeeze", x, axes if any(x.shape[i] > 1 for i in np.atleast_1d(axes).astype(int)):
             return "to squeeze an axis longer than 1 is an error"

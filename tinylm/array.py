@@ -55,16 +55,21 @@ def to_device(x: Array, device: str) -> Array:
     raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
 
 
-def plain(x: Array) -> Array:
-    """`x` as an array of exactly NumPy's or CuPy's own class, sharing its memory: a mapped file becomes an array.
+def plain(x: Any, who: str) -> Any:
+    """A number or None as it is, an array as one of exactly NumPy's or CuPy's own class (a mapped file becomes one).
 
-    Raises TypeError for np.matrix, which multiplies otherwise, and for a masked array, whose mask would be lost.
+    A NumPy scalar becomes a Python number: float64 scalars would make a float64 of everything they touch. Raises
+    TypeError for anything else, for np.matrix, which multiplies otherwise, and for masked arrays.
     """
-    if type(x) is np.ndarray or not isinstance(x, np.ndarray):
-        return x
+    if isinstance(x, np.generic):
+        return x.item()
     if isinstance(x, np.matrix | np.ma.MaskedArray):
-        raise TypeError(f"{type(x).__name__} is not a plain array; convert it with np.asarray (a mask: fill it first)")
-    return x.view(np.ndarray)
+        raise TypeError(f"{who} takes plain arrays, not {type(x).__name__}; make one by np.asarray (fill a mask first)")
+    if isinstance(x, np.ndarray):
+        return x.view(np.ndarray) if type(x) is not np.ndarray else x
+    if isinstance(x, int | float | None) or is_array(x):
+        return x
+    raise TypeError(f"{who} takes Tensors, arrays and numbers, not {type(x).__name__}; try tensor(...)")
 
 
 def all_finite(arrays: Iterable[Array]) -> bool:

@@ -16,14 +16,13 @@ from numpy import ndarray
 
 from . import errors, registry
 from .array import Array, array_module, is_array, plain
-from .dtypes import promoted
+from .dtypes import convert
 from .half import FLOAT16, in_half
 from .settings import Block, current
 
 if TYPE_CHECKING:
     from .tensor import Tensor
 
-_NUMBERS = (int, float, type(None))
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _order = attrgetter("order")
 creation = itertools.count()  # a node is always newer than its parents: creation order is a topological order
@@ -109,7 +108,7 @@ class Op:
         if record.autocast is not None and cls.autocasts == "inputs":
             inputs = tuple(map(record.autocast, inputs))
         arrays, needs, parents, slots, dtype = cls._gather(inputs, record.recording)
-        implementation = registry.implementation(cls, record, arrays, params)
+        implementation: Any = registry.implementation(cls, record, arrays, params)
         if not isinstance(implementation, type):  # engine "composed": a function of Tensors
             return implementation(*inputs, **params)
         if dtype == FLOAT16 and implementation.half != "as it is":
@@ -170,7 +169,7 @@ class Op:
                 parents.append(None)
                 slots.append(0)
                 if type(x) is not ndarray:
-                    x = cls._plain(x)
+                    x = plain(x, cls.name())
             arrays.append(x)
             if type(x) is not kind and hasattr(x, "dtype"):
                 alike, kind = kind is None, type(x)
@@ -178,34 +177,7 @@ class Op:
                 alike, dtype = alike and dtype is None and x.dtype in _FLOATS, x.dtype
         if kind is None:
             raise TypeError(f"{cls.name()} needs a Tensor or an array among its inputs, not {errors.describe(arrays)}")
-        return arrays, needs, parents, slots, None if alike else cls._convert(arrays)
-
-    @classmethod
-    def _convert(cls, arrays: list[Any]) -> Any:
-        """Bring the arrays, in place, to the dtypes that the op wants; returns float16 if one of them has it."""
-        given = [a for a in arrays if hasattr(a, "dtype")]
-        if len({isinstance(a, ndarray) for a in given}) > 1:
-            raise TypeError(
-                f"{cls.name()}: inputs on different devices: {errors.describe(arrays)}; move them with .to(...)"
-            )
-        if cls.promotes is not None:
-            arrays[cls.promotes] = promoted(arrays[cls.promotes], floats=cls.floats is not None)
-        elif cls.floats is not None:
-            arrays[cls.floats] = [
-                a.astype(np.float32) if hasattr(a, "dtype") and a.dtype.kind != "f" else a for a in arrays[cls.floats]
-            ]
-        return FLOAT16 if any(a.dtype == FLOAT16 for a in arrays if hasattr(a, "dtype")) else None
-
-    @classmethod
-    def _plain(cls, x: Any) -> Any:
-        """An input that is no Tensor: an array, a Python number or None. Raises TypeError for anything else."""
-        if isinstance(x, np.generic):
-            return x.item()  # NumPy's float64 scalars would make a float64 of everything they touch
-        if isinstance(x, _NUMBERS):
-            return x
-        if is_array(x):
-            return plain(x)
-        raise TypeError(f"{cls.name()} takes Tensors, arrays and numbers, not {type(x).__name__}; try tensor(...)")
+        return arrays, needs, parents, slots, None if alike else convert(cls, arrays)
 
     # Filled in when the node is recorded.
     order: int
@@ -314,7 +286,9 @@ class Walk:
                 errors.check_finite(f"the gradient that {op.name()} gives its input {i}", dx)
             self.add(parent, slot, dx, op, dys, dxs)
 
-    def add(self, target: Union[Op, "Tensor"], slot: int, dx: Array, op: Op | None = None, *held: Sequence[Any]) -> None:
+    def add(
+        self, target: Union[Op, "Tensor"], slot: int, dx: Array, op: Op | None = None, *held: Sequence[Any]
+    ) -> None:
         """Add `dx` to the sum of a target: what `op` returned, which may still hold it, as may the lists `held`."""
         key = target if slot == 0 else (target, slot)
         before = self.sums.get(key)

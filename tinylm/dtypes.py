@@ -6,9 +6,14 @@ higher kind (boolean < integer < float). So float32 stays float32 beside integer
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from .errors import describe
+
+if TYPE_CHECKING:
+    from .autograd import Op
 
 _NUMBERS = {bool: np.dtype(bool), int: np.dtype(np.int64), float: np.dtype(np.float32)}
 _KINDS = {"b": 0, "i": 1, "u": 1, "f": 2}
@@ -33,7 +38,19 @@ def _promote(a: Any, b: Any) -> Any:
     return np.dtype(np.int64) if both.kind != a.kind and both.kind == "f" else both  # uint64 with int64
 
 
-def promoted(inputs: Sequence[Any], floats: bool = False) -> list[Any]:
-    """The arrays among `inputs` in their common dtype; numbers and None as they are."""
-    dtype = result_type(inputs, floats)
-    return [x.astype(dtype, copy=False) if hasattr(x, "dtype") else x for x in inputs]
+def convert(op: type["Op"], arrays: list[Any]) -> Any:
+    """Bring an op's inputs, in place, to the dtypes that it wants; returns float16 if one of them has it, else None.
+
+    Raises TypeError for inputs on different devices.
+    """
+    given = [a for a in arrays if hasattr(a, "dtype")]
+    if len({isinstance(a, np.ndarray) for a in given}) > 1:
+        raise TypeError(f"{op.name()}: inputs on different devices: {describe(arrays)}; move them with .to(...)")
+    if op.promotes is not None and any(hasattr(a, "dtype") for a in arrays[op.promotes]):
+        common = result_type(arrays[op.promotes], floats=op.floats is not None)
+        arrays[op.promotes] = [a.astype(common, copy=False) if hasattr(a, "dtype") else a for a in arrays[op.promotes]]
+    elif op.floats is not None:
+        arrays[op.floats] = [
+            a.astype(np.float32) if hasattr(a, "dtype") and a.dtype.kind != "f" else a for a in arrays[op.floats]
+        ]
+    return next((a.dtype for a in arrays if hasattr(a, "dtype") and a.dtype == np.float16), None)

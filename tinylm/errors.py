@@ -47,7 +47,9 @@ def check_gradients(op: "Op", dxs: Any, n: int) -> None:
     if isinstance(dxs, list):
         raise RuntimeError(f"{op.name()}.backward returned a list; expected {_expected(n)}")
     if len(dxs) != n:
-        raise RuntimeError(f"{op.name()}.backward returned {len(dxs)} gradients for {n} inputs; expected {_expected(n)}")
+        raise RuntimeError(
+            f"{op.name()}.backward returned {len(dxs)} gradients for {n} inputs; expected {_expected(n)}"
+        )
 
 
 def _expected(n: int) -> str:
@@ -88,11 +90,15 @@ def fingerprints(saved: Any) -> dict[int, tuple[Array, int]]:
     return prints
 
 
-def check_unchanged(op: "Op", prints: dict[int, tuple[Array, int]], inputs: Sequence[int], outputs: Sequence[int]) -> None:
+def check_unchanged(
+    op: "Op", prints: dict[int, tuple[Array, int]], inputs: Sequence[int], outputs: Sequence[int]
+) -> None:
     """Raise RuntimeError if an array that `op` saved was changed since; `inputs` and `outputs` are ids of arrays."""
     for key, (array, checksum) in prints.items():
         if fingerprints(array)[key][1] != checksum:
-            which = f"its input {inputs.index(key)}" if key in inputs else "its output" if key in outputs else "an array"
+            which = (
+                f"its input {inputs.index(key)}" if key in inputs else "its output" if key in outputs else "an array"
+            )
             raise RuntimeError(
                 f"{op.name()}: {which} {describe([array])}, saved for backward, was changed in place after forward; "
                 "change it after backward, or assign a new array"

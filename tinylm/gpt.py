@@ -7,8 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from . import generation
-from . import ops, random
+from . import generation, ops, random
 from .array import Array, array_module
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module
 from .recompute import checkpoint

@@ -22,6 +22,7 @@ FLOAT16 = np.dtype(np.float16)
 @cache
 def in_half(op: type["Op"]) -> type["Op"]:
     """`op` for inputs of which some are float16; what it does with them, `op.half` says."""
+
     def save(self: Any, *arrays: Any) -> None:
         super(Half, self).save(*(each(self.narrow, a) for a in arrays))
 

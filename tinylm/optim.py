@@ -37,9 +37,7 @@ def adamw(
     `steps` counts from 1, for each parameter. Every gradient is multiplied by `coefficient`, which clipping leaves.
     """
     beta1, beta2 = betas
-    for p, g, m, v, t, lr, decay in zip(
-        params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True
-    ):
+    for p, g, m, v, t, lr, decay in zip(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True):
         g = g * coefficient
         p *= 1 - lr * decay
         m += (1 - beta1) * (g - m)

@@ -98,7 +98,9 @@ class GradScaler:
             raise RuntimeError("GradScaler.unscale_ was already called in this step; call update() after step()")
         grads = [p.grad for p in optimizer.parameters() if p.grad is not None]
         if not grads:
-            raise RuntimeError("GradScaler.unscale_: no parameter of the optimizer has a gradient; call backward() first")
+            raise RuntimeError(
+                "GradScaler.unscale_: no parameter of the optimizer has a gradient; call backward() first"
+            )
         if any(g.dtype == np.float16 for g in grads):
             raise ValueError("GradScaler.unscale_: gradients of float16 weights; keep the weights in float32")
         self._found_inf = not unscale(grads, 1 / self._scale)

@@ -104,7 +104,7 @@ def _known(names: tuple[str, ...]) -> None:
     known = {engine for twins in _twins.values() for engine in twins}
     if missing := [name for name in names if name not in known]:
         raise ValueError(
-            f"engine {missing[0]!r} is not loaded (loaded: {', '.join(sorted(known))}); fused.load() loads what is installed"
+            f"engine {missing[0]!r} is not loaded (loaded are {', '.join(sorted(known))}); fused.load() loads more"
         )
 
 

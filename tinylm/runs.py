@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from . import random
-from .array import Array, to_device
+from .array import Array, all_finite, to_device
 from .data import Vocabulary
 from .files import sync, write_whole
 from .gpt import GPT, GPTConfig
@@ -369,8 +369,8 @@ def _same(described: dict[str, Any], state: TrainState, vocabulary: Vocabulary, 
     """Raise ValueError that names what the run was begun with and is another now."""
     if described["format"] != FORMAT:
         raise ValueError(
-            "cannot resume: the run was saved by an earlier version of tinylm, which rounded otherwise, and would not go "
-            "on bit for bit; its weights still load (to generate, for instance), so begin a new run"
+            "cannot resume: the run was saved by an earlier version of tinylm, which rounded otherwise, so that it would "
+            "not go on bit for bit; its weights still load (to generate, for instance); begin a new run"
         )
     now = asdict(state.model.config)
     free = ("recompute", "dropout")  # these are not the model's shape
@@ -388,7 +388,7 @@ def _same(described: dict[str, Any], state: TrainState, vocabulary: Vocabulary, 
 
 def _check_finite(state: TrainState, tensors: dict[str, dict[str, np.ndarray]]) -> None:
     """Raise FloatingPointError for a state gone bad. Huge weights are finite, what the model makes of them is not."""
-    bad = [name for arrays in tensors.values() for name, a in arrays.items() if not np.isfinite(a).all()]
+    bad = [name for arrays in tensors.values() for name, a in arrays.items() if not all_finite([a])]
     culprit = f"{bad[0]} is not finite" if bad else ""
     if not bad:
         config = state.model.config

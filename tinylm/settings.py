@@ -1,9 +1,9 @@
 """How this context runs: one immutable record in a context variable.
 
-A block such as `with no_grad():` puts itself into the record and takes itself out when it ends, whatever else has begun
-or ended since. So blocks may overlap, one object may be used twice or in several threads, and a generator that is closed
-in another context changes nothing there. A thread begins with the defaults; `Workers` run in a copy of their caller's
-context.
+A block such as `with no_grad():` puts itself into the record and takes itself out when it ends, whatever else has
+begun or ended since. So blocks may overlap, one object may be used twice or in several threads, and a generator that is
+closed in another context changes nothing there. A thread begins with the defaults; `Workers` run in a copy of their
+caller's context.
 """
 
 from collections.abc import Callable, Mapping
@@ -37,7 +37,7 @@ class Settings:
         return Settings(**fields, overrides=overrides, blocks=blocks)
 
 
-_record: ContextVar[Settings] = ContextVar("tinylm.settings", default=Settings())
+_record: ContextVar[Settings] = ContextVar("tinylm.settings", default=Settings())  # noqa: B039  (immutable)
 current = _record.get  # () -> this context's Settings; a C function, since every op asks
 
 

@@ -37,7 +37,7 @@ class Tensor:
         if isinstance(data, Tensor):
             data = data.data
         if is_array(data):
-            data = plain(data)
+            data = plain(data, "a Tensor")
         else:
             if dtype is None and not isinstance(data, np.generic) and np.asarray(data).dtype == np.float64:
                 dtype = np.float32

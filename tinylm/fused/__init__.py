@@ -17,9 +17,7 @@ from .. import registry
 ENGINES = {"numba": "tinylm[fast]", "mkl": "tinylm[mkl]", "blocked": "tinylm"}  # what to install for each; best first
 
 
-def load(
-    *names: str, tell: Callable[[str], None] = lambda message: print(message, file=sys.stderr)
-) -> tuple[str, ...]:
+def load(*names: str, tell: Callable[[str], None] = lambda message: print(message, file=sys.stderr)) -> tuple[str, ...]:
     """Put engines in force, in every thread: those named, or all that are installed. Returns them, the first first.
 
     The first time on a machine numba compiles its loops, which is told; afterwards they come from the disk. Without a

@@ -12,7 +12,7 @@ from ..ops.attention import CausalAttention
 from ..ops.gelu import Gelu
 from ..ops.layer_norm import LayerNorm
 from ..ops.linear_cross_entropy import LinearCrossEntropy
-from ..ops.matmul import product, rows
+from ..ops.matmul import rows
 from ..optim import adamw
 from ..registry import fused
 from . import kernels

@@ -72,7 +72,9 @@ class Var(Reduction):
 
     def forward(self, x):
         self.measure(x)
-        self.divisor = array_module(x).asarray(builtins.max(0, self.count - self.ddof), x.dtype)  # x/0 is inf or NaN, no error
+        self.divisor = array_module(x).asarray(
+            builtins.max(0, self.count - self.ddof), x.dtype
+        )  # x/0 is inf or NaN, no error
         with np.errstate(divide="ignore", invalid="ignore"):
             centred = x - self.total(x) / builtins.max(1, self.count)
             self.save(centred)
