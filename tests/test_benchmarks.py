@@ -14,7 +14,7 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch_gpt import from_tinylm
 
-from tinylm import GPT, GPTConfig, fused, reference_only, registry
+from tinylm import GPT, GPTConfig, autograd, fused, reference_only, registry
 from tinylm.data import get_batch
 from tinylm.training import TrainConfig, TrainState, train
 
@@ -56,6 +56,26 @@ def test_a_benchmark_runs_and_writes_its_table(script, tmp_path):
     numbers = [x for row in rows for x in row.values() if isinstance(x, float)]
     assert numbers
     assert all(map(math.isfinite, numbers))
+
+
+def test_engines_shows_what_each_set_buys(tmp_path):
+    from common import ENGINES, installed
+
+    printed = run("engines", "--quick", "--threads", 1, "--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(printed.splitlines()) == 1 + len(rows)
+    assert [(row["config"], row["engine"]) for row in rows] == [(c, e) for c in "SML" for e in installed()]
+    for row in rows:
+        assert row["threads"] == 1
+        assert row["in_force"] == ", ".join(ENGINES[row["engine"]])
+        assert 0 < row["ms"] <= row["median_ms"]
+    of = {(row["config"], row["engine"]): row for row in rows}
+    for config in "SML":
+        composed, reference, numpy = (of[config, engine] for engine in ("composed", "reference", "numpy"))
+        assert composed["ops"] > 2 * reference["ops"]
+        assert numpy["ops"] == reference["ops"]
+        assert composed["activation_bytes"] > reference["activation_bytes"] >= numpy["activation_bytes"]
+    assert of["L", "numpy"]["activation_bytes"] < 0.75 * of["L", "reference"]["activation_bytes"]
 
 
 @pytest.mark.slow
@@ -108,6 +128,27 @@ def test_what_is_not_installed_is_left_out(monkeypatch):
     monkeypatch.setattr(fused, "register", register)
     assert common.installed() == ["composed", "reference", "numpy"]
     assert common.compared() == ["numpy"]
+
+
+@pytest.mark.parametrize("name", ["composed", "reference"])
+def test_the_ops_on_the_tape_are_those_that_backward_walks(name):
+    from common import engine
+    from engines import count
+    from train_step import batch
+
+    with engine(name):
+        loss = GPT(TINY).loss(*batch(TINY, 2, 0))
+    assert count(name, TINY, 2)["ops"] == len(autograd.reachable([loss.op]))
+
+
+def test_sets_of_engines_that_train_to_different_losses_are_not_compared(monkeypatch):
+    import engines
+
+    step = engines.make_step
+    wrong = {"numpy": lambda x, y: 0.0}
+    monkeypatch.setattr(engines, "make_step", lambda engine, *args: wrong.get(engine) or step(engine, *args))
+    with pytest.raises(SystemExit, match="the losses differ"):
+        engines.measure(TINY, 2, 1, 1)
 
 
 def test_runs_are_timed_in_turn_and_the_first_rounds_do_not_count():
