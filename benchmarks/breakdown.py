@@ -1,10 +1,10 @@
-"""Where the time of a training step goes: products, attention, element-wise work, the optimizer, the engine.
+"""Where the time of a training step goes: products, attention, element-wise work, the optimizer, the tape.
 
     python benchmarks/breakdown.py [--config S M] [--steps N] [--json FILE]
 
-The forward and backward of every op are timed while a step runs, by the reference ops and by their fused twins, in
-turn, in one thread with one BLAS thread, which is how each worker of a step works. What the step takes beyond its ops
-and its optimizer is the engine: recording, walking the tape, adding gradients up, the modules' Python.
+The forward and backward of every op are timed while a step runs, with NumPy alone and with the best engines, in turn,
+in one thread with one BLAS thread, which is how each worker of a step works. What the step takes beyond its ops and its
+optimizer is the tape: recording, walking back, adding gradients up, the modules' Python.
 
 (It is not called profile.py because a script's folder comes first on Python's path, and would hide the library's own.)
 """
@@ -24,7 +24,7 @@ from train_step import CLIP, CONFIGS, LR, WEIGHT_DECAY, batch
 import tinylm
 from tinylm import GPT, Op
 from tinylm.array import keep_freed_memory
-from tinylm.optim import AdamW, clip_grad_norm_, decay_groups
+from tinylm.optim import AdamW, clip, decay_groups
 
 PARTS = {
     "matmul": ("MatMul", "Linear"),
@@ -32,7 +32,7 @@ PARTS = {
     "output layer and loss": ("LinearCrossEntropy",),
     "element-wise": (),  # every other op: layer norm, GELU, sums, softmax, embedding, copies that reshape
     "optimizer": ("optimizer",),
-    "engine": ("engine",),
+    "tape": ("tape",),
 }
 
 
@@ -91,15 +91,16 @@ def step_of(name: str, engine: str, watch: Stopwatch) -> Callable[[], None]:
     model = GPT(config)
     optimizer = AdamW(decay_groups(model, WEIGHT_DECAY), LR)
     x, y = batch(config, batch_size, 0)
+    in_force = common.engine(engine)
 
     def update() -> None:
-        clip_grad_norm_(optimizer.parameters(), CLIP)
-        optimizer.step()
+        _, coefficient = clip(optimizer.parameters(), CLIP)
+        optimizer.step(coefficient)
 
     timed_update = watch.timed("optimizer", update)
 
     def step() -> None:
-        with common.engine(engine):
+        with in_force:
             optimizer.zero_grad()
             model.loss(x, y).backward()
             timed_update()
@@ -107,9 +108,9 @@ def step_of(name: str, engine: str, watch: Stopwatch) -> Callable[[], None]:
     return step
 
 
-def measure(name: str, steps: int) -> dict[str, Counter[str]]:
-    """For each engine the milliseconds of every op, of the optimizer and of the engine, in its fastest step."""
-    watches = {engine: Stopwatch() for engine in common.ENGINES}
+def measure(name: str, engines: list[str], steps: int) -> dict[str, Counter[str]]:
+    """For each engine the milliseconds of every op, of the optimizer and of the tape, in its fastest step."""
+    watches = {engine: Stopwatch() for engine in engines}
     step = {engine: step_of(name, engine, watch) for engine, watch in watches.items()}
     fastest: dict[str, Counter[str]] = {}
 
@@ -120,7 +121,7 @@ def measure(name: str, steps: int) -> dict[str, Counter[str]]:
             started = perf_counter()
             step[engine]()
             total = perf_counter() - started
-        seconds["engine"] = total - seconds.total()
+        seconds["tape"] = total - seconds.total()
         if engine not in fastest or total < fastest[engine].total():
             fastest[engine] = seconds.copy()
 
@@ -134,15 +135,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5, help="counted steps of each engine; the fastest is shown")
     args = parser.parse_args()
     keep_freed_memory()
-    tinylm.fused.load()
 
+    engines = common.compared()
     columns = {"config": ("model", ""), "part": ("part of the step", "<21")}
-    for engine in common.ENGINES:
+    for engine in engines:
         columns |= {f"{engine}_ms": (f"{engine} ms", ",.2f"), f"{engine}_share": ("share", ".0%")}
     table = common.Table(columns)
     with threadpool_limits(1):
         for name in args.config:
-            by_op = measure(name, 1 if args.quick else args.steps)
+            by_op = measure(name, engines, 1 if args.quick else args.steps)
             for part in (*PARTS, "all"):
                 row: dict[str, Any] = {"config": name, "part": part}
                 for engine, ms in by_op.items():

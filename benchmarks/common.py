@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -12,9 +12,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))  # for torch_gpt, the same model in PyTorch
 
 import tinylm
-import tinylm.fused
+from tinylm import fused
+from tinylm.settings import Block
 
-ENGINES = ("numpy", "fused")  # tinylm with nothing but NumPy; with the twins that are installed here
+ENGINES = {  # what a set of tinylm's engines is called here: the engines that it puts in force; the slowest set first
+    "composed": ("composed",),
+    "reference": (),
+    "numpy": ("blocked",),
+    "numba": ("numba", "blocked"),
+    "mkl": ("numba", "mkl", "blocked"),
+}
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -27,12 +34,27 @@ def parser(doc: str) -> argparse.ArgumentParser:
     return parser
 
 
-def engine(name: str) -> AbstractContextManager[None]:
-    """Inside, tinylm computes with this engine."""
-    if name == "numpy":
-        return tinylm.reference_only()
-    tinylm.fused.load()
-    return nullcontext()
+def engine(name: str) -> Block:
+    """A block inside which tinylm computes with this set of engines. Raises ImportError where one is not installed."""
+    for each in ENGINES[name]:
+        if each in fused.ENGINES:
+            fused.register(each, tell=lambda message: print(message, file=sys.stderr))
+    return tinylm.engines(*ENGINES[name])
+
+
+def installed() -> list[str]:
+    """The sets whose engines are installed, the slowest first."""
+    names = []
+    for name in ENGINES:
+        with suppress(ImportError):
+            engine(name)
+            names.append(name)
+    return names
+
+
+def compared() -> list[str]:
+    """What most benchmarks compare: tinylm with nothing but NumPy, and with the best that is installed."""
+    return list(dict.fromkeys(("numpy", installed()[-1])))
 
 
 def in_turn(

@@ -72,6 +72,7 @@ def measure(model: GPT, twin: TorchGPT, batch: int, n_tokens: int, rounds: int) 
     """Seconds of the fastest round of each: tinylm's engines and PyTorch."""
     prompts = np.random.default_rng(0).integers(model.config.vocab_size, size=(batch, PROMPT))
     cached = Cached(twin, model.config, batch)
+    engines = common.compared()
     said: dict[str, np.ndarray] = {}
 
     def ours(engine: str) -> None:
@@ -81,9 +82,9 @@ def measure(model: GPT, twin: TorchGPT, batch: int, n_tokens: int, rounds: int) 
     def theirs() -> None:
         said["torch"] = cached.generate(torch.from_numpy(prompts), n_tokens).numpy()
 
-    runs = {engine: partial(ours, engine) for engine in common.ENGINES} | {"torch": theirs}
+    runs = {engine: partial(ours, engine) for engine in engines} | {"torch": theirs}
     times = common.in_turn(runs, rounds)
-    for engine in common.ENGINES:
+    for engine in engines:
         check(said[engine], said["torch"], twin)
     return {who: min(seconds) for who, seconds in times.items()}
 
@@ -96,9 +97,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often each generates; the fastest counts")
     args = parser.parse_args()
 
+    engines = common.compared()
     columns = {"config": ("model", ""), "batch": ("batch", "d"), "tokens": ("tokens each", "d")}
-    columns |= {f"{who}_tokens_s": (f"{who} tokens/s", ",.0f") for who in (*common.ENGINES, "torch")}
-    table = common.Table(columns | {f"{who}_ratio": (f"{who}/torch", ".2f") for who in common.ENGINES})
+    columns |= {f"{who}_tokens_s": (f"{who} tokens/s", ",.0f") for who in (*engines, "torch")}
+    table = common.Table(columns | {f"{who}_ratio": (f"{who}/torch", ".2f") for who in engines})
     for name in args.config:
         config = CONFIGS[name][0]
         n_tokens = 4 if args.quick else min(args.tokens, config.block_size - PROMPT)
@@ -109,7 +111,7 @@ def main() -> None:
         for batch in args.batch:
             seconds = measure(model, twin, batch, n_tokens, 1 if args.quick else args.rounds)
             speed = {f"{who}_tokens_s": batch * n_tokens / s for who, s in seconds.items()}
-            ratios = {f"{engine}_ratio": seconds["torch"] / seconds[engine] for engine in common.ENGINES}
+            ratios = {f"{engine}_ratio": seconds["torch"] / seconds[engine] for engine in engines}
             table.row(config=name, batch=batch, tokens=n_tokens, **speed, **ratios)
     common.save(args.json, table.rows)
 

@@ -1,6 +1,6 @@
 """What each technique for training beyond one's memory saves, and what it costs.
 
-    python benchmarks/memory.py [--config S M] [--steps N] [--json FILE]
+    python benchmarks/memory.py [--config S M] [--engine NAME] [--steps N] [--json FILE]
 
 Every mode trains in a process of its own, so that the peak of its resident memory is its own; a few steps of one mode,
 then a few of the next, round after round, so that a machine that slows down or is shared slows all of them alike.
@@ -21,13 +21,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+import common
 import numpy as np
+import train_step
 
-import tinylm.fused
 from tinylm import GPT, GPTConfig, Tensor, ops, random
 from tinylm.array import keep_freed_memory
 from tinylm.data import Vocabulary, get_batch, language_reference, split
@@ -123,11 +123,9 @@ def losses(chunked: bool) -> tuple[Work, float]:
     return work(), memory.peak_activations / 1e6
 
 
-def serve(make: Callable[[], tuple[Work, float]], clock: Callable[[], float], reference: bool) -> None:
+def serve(make: Callable[[], tuple[Work, float]], clock: Callable[[], float]) -> None:
     """Read from standard input how many steps to do, and tell in JSON what they took; tell the figures at its end."""
     keep_freed_memory()
-    if not reference:
-        tinylm.fused.load(lambda message: None)
     work, activation_mb = make()
     loss = None
     for line in sys.stdin:
@@ -151,6 +149,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, __file__, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self.steps(0)  # answered when it is ready: no other's start falls into its time
 
     def steps(self, n: int) -> list[float]:
         """The seconds of each of `n` more steps."""
@@ -179,10 +178,11 @@ def alternate(workers: dict[str, Worker], steps: int, last: int) -> None:
         worker.steps(last)
 
 
-def rows_of(config: str, workers: dict[str, Worker]) -> list[dict[str, Any]]:
+def rows_of(config: str, engine: str, workers: dict[str, Worker]) -> list[dict[str, Any]]:
     rows = []
     for mode, worker in workers.items():
-        row = {"config": config, "mode": mode, **worker.finish(), "seconds": statistics.median(worker.seconds)}
+        row = {"config": config, "engine": engine, "mode": mode, **worker.finish()}
+        row["seconds"] = statistics.median(worker.seconds)
         rows.append(row)
         first = rows[0]
         print(
@@ -199,7 +199,7 @@ def _change(row: dict[str, Any], first: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = common.parser(__doc__)
     parser.add_argument("--config", nargs="*", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--steps", type=int, help="of each mode (default: 300 for S, 12 for M)")
@@ -207,48 +207,55 @@ def main() -> None:
     parser.add_argument("--loss-rounds", type=int, default=3, help="of the loss of a real vocabulary; 0: not shown")
     parser.add_argument("--seed", type=int, default=1337)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: where other programs run beside")
-    parser.add_argument("--reference", action="store_true", help="the readable reference alone, no fused twins")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
+    installed = common.installed()
+    parser.add_argument("--engine", choices=installed, default=installed[-1], help="default: the best installed")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.quick:
+        args.steps, args.loss_rounds = 2, 0
 
     def choices(name: str) -> tuple[Config, int, int]:
         config = CONFIGS[name]
         return config, args.steps or config.steps, args.recompute or config.recompute
 
     if args.worker:
-        if args.worker in LOSSES and not args.config:
-            return serve(lambda: losses(LOSSES[args.worker]), CLOCKS[args.clock], args.reference)
-        config, steps, recompute = choices(args.config[0])
-        make = lambda: training(config, args.worker, steps, recompute, args.seed)  # noqa: E731
-        return serve(make, CLOCKS[args.clock], args.reference)
 
-    if not args.reference:
-        tinylm.fused.load()  # here, so that loops are compiled once and not by all the workers at the same time
-    common = [f"--clock={args.clock}", f"--seed={args.seed}", *(["--reference"] if args.reference else [])]
+        def make() -> tuple[Work, float]:
+            if not args.config:
+                return losses(LOSSES[args.worker])
+            config, steps, recompute = choices(args.config[0])
+            return training(config, args.worker, steps, recompute, args.seed)
+
+        with common.engine(args.engine):
+            return serve(make, CLOCKS[args.clock])
+
+    # What has to be compiled is compiled here: once, and not in the workers, whose peaks it would raise.
+    shape = train_step.CONFIGS["S"][0]
+    train_step.make_step(args.engine, shape, threads=1)(*train_step.batch(shape, 1, 0))
+    shared = [f"--engine={args.engine}", f"--clock={args.clock}", f"--seed={args.seed}"]
+    print(f"engine: {args.engine}")
     print(f"{'':18}{'activations':^18}{'process peak':^18}{args.clock + ' time a step':^19}{'validation':>11}")
     print(f"{'':18}{'MB':>10}{'':8}{'MB':>10}{'':8}{'ms':>11}{'':8}{'loss':>11}", flush=True)
     rows = []
     for name in args.config:
         _, steps, recompute = choices(name)
-        settings = [f"--steps={steps}", f"--recompute={recompute}", *common]
+        settings = [f"--steps={steps}", f"--recompute={recompute}", *shared]
         workers = {mode: Worker(["--config", name, "--worker", mode, *settings]) for mode in args.mode}
         alternate(workers, steps - 1, 1)  # the last step validates
-        rows += rows_of(name, workers)
+        rows += rows_of(name, args.engine, workers)
     if args.loss_rounds:
         print(f"\nthe output layer and the loss alone: {LARGE['tokens']:,} tokens, V = {LARGE['vocab_size']:,}")
-        workers = {mode: Worker(["--config", "--worker", mode, *common]) for mode in LOSSES}
+        workers = {mode: Worker(["--config", "--worker", mode, *shared]) for mode in LOSSES}
         for _ in range(args.loss_rounds + 1):
             for worker in workers.values():
                 worker.seconds += worker.steps(1)
         for worker in workers.values():
             del worker.seconds[0]
-        rows += rows_of("V", workers)
+        rows += rows_of("V", args.engine, workers)
         two, one = rows[-2:]
         smaller, longer = two["peak_mb"] / one["peak_mb"], one["seconds"] / two["seconds"]
         print(f"chunked: a peak {smaller:.1f} times smaller, in {longer:.2f} times the time")
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    common.save(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python benchmarks/overhead.py [--length N] [--rounds N] [--json FILE]
 
-Chains of one op on arrays of 1 and of 4 x 4 numbers, where an op's time is the engine's: taking the inputs, recording,
+Chains of one op on arrays of 1 and of 4 x 4 numbers, where an op's time is the tape's: taking the inputs, recording,
 walking back, handing gradients on. Nothing is subtracted; beside it stand what NumPy needs for the same arithmetic
-without an engine, and the difference. Both libraries use one core, in turn; the figure is the fastest round's processor
+without a tape, and the difference. Both libraries use one core, in turn; the figure is the fastest round's processor
 time, since what else runs on a machine can only slow a round down.
 """
 
@@ -65,7 +65,7 @@ def main() -> None:
 
     print("microseconds an op, forward and backward together")
     columns = {"op": ("op", ">8"), "shape": ("shape", ">6")}
-    columns |= {name: (name, ".2f") for name in ("tinylm", "numpy", "engine", "torch")}
+    columns |= {name: (name, ".2f") for name in ("tinylm", "numpy", "tape", "torch")}
     columns |= {"ratio": ("torch/tinylm", ".2f")}
     table = common.Table(columns)
     for shape in ((1,), (4, 4)):
@@ -77,12 +77,12 @@ def main() -> None:
                 "numpy": bare(arithmetic, shape, length),
             }
             us = {who: 1e6 * min(s) / length for who, s in common.in_turn(runs, rounds, clock=process_time).items()}
-            us["engine"] = us["tinylm"] - us["numpy"]
+            us["tape"] = us["tinylm"] - us["numpy"]
             table.row(op=name, shape="x".join(map(str, shape)), **us, ratio=us["torch"] / us["tinylm"])
     mean = {who: float(np.mean([row[who] for row in table.rows])) for who in us}
-    worst = max(row["engine"] for row in table.rows)
+    worst = max(row["tape"] for row in table.rows)
     table.row(op="mean", shape="", **mean, ratio=mean["torch"] / mean["tinylm"])
-    print(f"the engine itself: at most {worst:.2f} us an op, {'under' if worst < BAR else 'NOT under'} {BAR:g} us")
+    print(f"the tape itself: at most {worst:.2f} us an op, {'under' if worst < BAR else 'NOT under'} {BAR:g} us")
     common.save(args.json, table.rows)
 
 

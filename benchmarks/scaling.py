@@ -23,7 +23,6 @@ import torch
 from threadpoolctl import threadpool_limits
 from train_step import CONFIGS, batch, make_step
 
-import tinylm
 from tinylm import GPT, GPTConfig
 from tinylm.parallel import available_cores
 
@@ -65,8 +64,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=available_cores(), help="of each (default: the cores)")
     args = parser.parse_args()
     steps, tokens, size = (1, 128, 256) if args.quick else (args.steps, args.tokens, 2048)
-    installed = tinylm.fused.load()
-    engine = installed[-1] if installed else "numpy"
+    engine = common.installed()[-1]
 
     torch.set_num_threads(args.threads)
     peak = peak_flops(size)

@@ -7,7 +7,8 @@ shared slows them all; the ratio of the medians is the figure to quote. Peak mem
 each. A step is: forward, backward, clipping by the global norm, AdamW (foreach=True, PyTorch's fastest here), in
 float32.
 
-The engines: numpy is tinylm with nothing but NumPy, numba adds the compiled loops, mkl also MKL's matrix product.
+The engines are sets of common.py: numpy is tinylm with nothing but NumPy, numba adds the compiled loops, mkl also MKL's
+matrix product.
 """
 
 import argparse
@@ -16,19 +17,18 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
-from unittest import mock
 
+import common
 import numpy as np
 
 import tinylm
-from tinylm import GPT, GPTConfig, registry
+from tinylm import GPT, GPTConfig
 from tinylm.array import keep_freed_memory
 from tinylm.memory import peak_rss
-from tinylm.optim import AdamW, clip_grad_norm_, decay_groups
+from tinylm.optim import AdamW, clip, decay_groups
 from tinylm.parallel import Workers, available_cores
 
 CONFIGS = {
@@ -47,6 +47,7 @@ def tinylm_step(model: GPT, engine: str, threads: int) -> Step:
     optimizer = AdamW(decay_groups(model, WEIGHT_DECAY), LR)
     workers = Workers(model, threads)
     workers.__enter__()
+    in_force = common.engine(engine)
 
     def step(x: np.ndarray, y: np.ndarray) -> float:
         def work(rank: int, replica: GPT) -> float:
@@ -55,16 +56,11 @@ def tinylm_step(model: GPT, engine: str, threads: int) -> Step:
             loss.backward()
             return loss.item()
 
-        with ExitStack() as only:
-            if engine == "numpy":
-                only.enter_context(tinylm.reference_only())
-            elif engine == "numba":
-                only.enter_context(mock.patch.dict(registry._kernels, clear=False))
-                registry._kernels.pop("sgemm", None)
+        with in_force:
             optimizer.zero_grad()
             loss = sum(workers.gradient(work))
-            clip_grad_norm_(optimizer.parameters(), CLIP)
-            optimizer.step()
+            _, coefficient = clip(optimizer.parameters(), CLIP)
+            optimizer.step(coefficient)
         return loss
 
     return step
@@ -149,8 +145,6 @@ def peak_mb(name: str, engine: str, threads: int) -> float:
 
 
 def print_peak(name: str, engine: str, threads: int) -> None:
-    if engine in ("numba", "mkl"):
-        tinylm.fused.load()
     config, batch_size, _ = CONFIGS[name]
     step = make_step(engine, config, threads)
     for number in range(5):
@@ -162,7 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument(
-        "--engine", nargs="+", choices=("numpy", "numba", "mkl"), help="default: all that are installed"
+        "--engine", nargs="+", choices=common.ENGINES, help="default: numpy, and what is faster and installed"
     )
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile, which takes a minute and a C++ compiler"
@@ -172,17 +166,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    import tinylm.fused
-
     if args.peak_of:
         return print_peak(args.config[0], args.peak_of, args.threads)
 
-    engines = args.engine or ["numpy"]
-    if args.engine is None or engines != ["numpy"]:
-        installed = tinylm.fused.load()
-        engines = args.engine or ["numpy", *installed]
-        if missing := set(engines) - {"numpy", *installed}:
-            parser.error(f"not installed, or of no use here: {', '.join(sorted(missing))}")
+    installed = common.installed()
+    engines = args.engine or installed[installed.index("numpy") :]
+    if missing := set(engines) - set(installed):
+        parser.error(f"not installed: {', '.join(sorted(missing))}")
     rivals = ["torch", "compile"] if args.compile else ["torch"]
 
     print(f"{'':12}{'ms/step':^27}{'tokens/s':^18}{'speed against':^16}{'peak MB':^16}{'losses':>10}")

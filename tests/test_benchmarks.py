@@ -1,5 +1,6 @@
 """The benchmarks run, from the root of the repository, and count what they say. None of their times is tested."""
 
+import copy
 import json
 import math
 import os
@@ -10,9 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from threadpoolctl import threadpool_limits
 from torch_gpt import from_tinylm
 
-from tinylm import GPT, GPTConfig
+from tinylm import GPT, GPTConfig, autograd, fused, reference_only, registry
+from tinylm.data import get_batch
+from tinylm.training import TrainConfig, TrainState, train
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,17 +40,42 @@ QUICK = {
     "scaling": ["--quick", "--threads", 1],
     "generation": ["--quick", "--config", "S", "--batch", 1, 3],
     "breakdown": ["--quick", "--config", "S"],
+    "memory": ["--quick", "--config", "S", "--mode", "none", "recompute"],
 }
+TINY = GPTConfig(vocab_size=11, block_size=4, n_layer=1, n_head=2, n_embd=8)
 
 
 @pytest.mark.parametrize("script", QUICK)
 def test_a_benchmark_runs_and_writes_its_table(script, tmp_path):
+    from common import installed
+
     printed = run(script, *QUICK[script], "--json", tmp_path / "rows.json")
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(printed.splitlines()) > len(rows) > 1
+    assert script == "overhead" or installed()[-1] in printed
     numbers = [x for row in rows for x in row.values() if isinstance(x, float)]
     assert numbers
     assert all(map(math.isfinite, numbers))
+
+
+def test_engines_shows_what_each_set_buys(tmp_path):
+    from common import ENGINES, installed
+
+    printed = run("engines", "--quick", "--threads", 1, "--json", tmp_path / "rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(printed.splitlines()) == 1 + len(rows)
+    assert [(row["config"], row["engine"]) for row in rows] == [(c, e) for c in "SML" for e in installed()]
+    for row in rows:
+        assert row["threads"] == 1
+        assert row["in_force"] == ", ".join(ENGINES[row["engine"]])
+        assert 0 < row["ms"] <= row["median_ms"]
+    of = {(row["config"], row["engine"]): row for row in rows}
+    for config in "SML":
+        composed, reference, numpy = (of[config, engine] for engine in ("composed", "reference", "numpy"))
+        assert composed["ops"] > 2 * reference["ops"]
+        assert numpy["ops"] == reference["ops"]
+        assert composed["activation_bytes"] > reference["activation_bytes"] >= numpy["activation_bytes"]
+    assert of["L", "numpy"]["activation_bytes"] < 0.75 * of["L", "reference"]["activation_bytes"]
 
 
 @pytest.mark.slow
@@ -55,6 +84,71 @@ def test_the_training_step_runs_and_writes_its_table(tmp_path):
     run("train_step", *arguments, "--json", tmp_path / "rows.json")
     (row,) = json.loads((tmp_path / "rows.json").read_text())
     assert row["loss_difference"] < 1e-3
+
+
+def test_a_training_step_does_what_the_training_loop_does():
+    from train_step import CLIP, LR, WEIGHT_DECAY, tinylm_step
+
+    tokens = np.random.default_rng(0).integers(11, size=100)
+    looped = GPT(TINY)
+    for p in looped.parameters():
+        p.data *= 4  # so that clipping has something to do
+    timed = copy.deepcopy(looped)
+    config = TrainConfig(steps=3, batch_size=4, lr=LR, min_lr=LR, warmup=0, beta2=0.999, weight_decay=WEIGHT_DECAY,
+                         clip=CLIP, threads=2)  # fmt: skip
+    with threadpool_limits(), reference_only():  # the step limits BLAS, and does not end
+        step = tinylm_step(timed, "reference", threads=2)
+        for number, done in enumerate(train(TrainState(looped, config), tokens, tokens)):
+            assert done.clipped
+            assert step(*get_batch(tokens, 4, TINY.block_size, config.seed, number)) == done.loss
+    for p, expected in zip(timed.parameters(), looped.parameters(), strict=True):
+        np.testing.assert_array_equal(p.data, expected.data)
+
+
+@pytest.mark.parametrize("name", ["composed", "reference", "numpy", "numba", "mkl"])
+def test_a_set_of_engines_is_in_force_inside_its_block_only(name, monkeypatch):
+    from common import ENGINES, engine, installed
+
+    monkeypatch.setattr(registry, "set_default_engines", None)  # nobody calls it
+    if name not in installed():
+        pytest.skip(f"{name} is not installed")
+    before = registry.engines_in_force()
+    with engine(name):
+        assert registry.engines_in_force() == ENGINES[name]
+    assert registry.engines_in_force() == before
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch):
+    import common
+
+    def register(name, tell):
+        if name != "blocked":
+            raise ImportError(name)
+
+    monkeypatch.setattr(fused, "register", register)
+    assert common.installed() == ["composed", "reference", "numpy"]
+    assert common.compared() == ["numpy"]
+
+
+@pytest.mark.parametrize("name", ["composed", "reference"])
+def test_the_ops_on_the_tape_are_those_that_backward_walks(name):
+    from common import engine
+    from engines import count
+    from train_step import batch
+
+    with engine(name):
+        loss = GPT(TINY).loss(*batch(TINY, 2, 0))
+    assert count(name, TINY, 2)["ops"] == len(autograd.reachable([loss.op]))
+
+
+def test_sets_of_engines_that_train_to_different_losses_are_not_compared(monkeypatch):
+    import engines
+
+    step = engines.make_step
+    wrong = {"numpy": lambda x, y: 0.0}
+    monkeypatch.setattr(engines, "make_step", lambda engine, *args: wrong.get(engine) or step(engine, *args))
+    with pytest.raises(SystemExit, match="the losses differ"):
+        engines.measure(TINY, 2, 1, 1)
 
 
 def test_runs_are_timed_in_turn_and_the_first_rounds_do_not_count():
@@ -128,7 +222,7 @@ def test_both_halves_of_every_op_are_timed_under_its_references_name_and_left_as
             return super().backward(dy)
 
     halves = Linear.forward, Linear.backward
-    model = GPT(GPTConfig(vocab_size=11, block_size=4, n_layer=1, n_head=2, n_embd=8))
+    model = GPT(TINY)
     ids = np.arange(4).reshape(1, 4)
     watch = Stopwatch()
     with watch.watch_ops():
