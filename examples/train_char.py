@@ -169,7 +169,7 @@ def options() -> cli.Parser:
     training.add_argument(
         "--engine",
         nargs="+",
-        choices=("reference", *fused.ENGINES),
+        choices=("composed", "reference", *fused.ENGINES),
         help="what computes: faster engines, the first one first, or `reference`, the readable pages of tinylm/ops "
         "(default: all engines that are installed)",
     )

@@ -8,6 +8,7 @@ By default those are "cpu" (NumPy) and "strict" (the stand-in for CuPy of `stric
 """
 
 import os
+import signal
 import sys
 
 import hypothesis
@@ -35,6 +36,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: Ctrl-C is tested all the same
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--device") == "cuda":
         try:
             import cupy

@@ -141,6 +141,46 @@ NAMES = [
 ]
 
 
+class Nested(nn.Module):
+    """Parameters and modules in lists, tuples and dicts, within each other."""
+
+    def __init__(self):
+        self.gains = [nn.Parameter([1.0]), nn.Parameter([2.0])]
+        self.heads = {"small": nn.Linear(2, 1), "large": [nn.Linear(2, 3), {"deep": (nn.Linear(2, 4, bias=False),)}]}
+        self.tied = [self.gains[0]]
+        self.other = {"text": "x", "numbers": [1, 2]}
+
+    def forward(self, x):
+        small, (large, deeper) = self.heads["small"], self.heads["large"]
+        parts = [small(x), large(x), deeper["deep"][0](x)]
+        return tinylm.ops.concatenate(parts, axis=-1) * self.gains[0] * self.tied[0] * self.gains[1]
+
+
+def test_parameters_in_nested_lists_and_dicts_are_found_and_trained():
+    model = Nested()
+    assert [name for name, _ in model.named_parameters()] == [
+        "gains.0",
+        "gains.1",
+        "heads.small.weight",
+        "heads.small.bias",
+        "heads.large.0.weight",
+        "heads.large.0.bias",
+        "heads.large.1.deep.0.weight",
+    ]
+    assert [name for name, _ in model.children()] == ["heads.small", "heads.large.0", "heads.large.1.deep.0"]
+    before = {name: p.numpy().copy() for name, p in model.named_parameters()}
+    optimizer = tinylm.optim.AdamW(model.parameters())
+    model(tinylm.tensor([[1.0, 2.0]])).sum().backward()
+    optimizer.step()
+    for name, p in model.named_parameters():
+        assert (p.numpy() != before[name]).all(), name
+    assert not any(module.training for module in model.eval().modules())
+    model.load_state_dict(before)
+    for name, p in model.named_parameters():
+        np.testing.assert_array_equal(p.numpy(), before[name])
+    assert "gains.1=(1,)" in repr(model)
+
+
 def test_named_parameters_in_definition_order_and_tied_ones_once():
     model = Model()
     assert [name for name, _ in model.named_parameters()] == NAMES
@@ -224,6 +264,40 @@ def test_a_parameter():
     assert repr(p) == "Parameter([1., 2.], shape=(2,), dtype=float32, device=cpu, requires_grad=True)"
     with pytest.raises(TypeError, match="only a floating tensor can require a gradient"):
         nn.Parameter([1, 2])
+
+
+@pytest.mark.parametrize("make", [tinylm.tensor, nn.Parameter])
+@pytest.mark.parametrize("kind", ["array", "view", "Tensor", "mapped file", "float64"])
+def test_tensor_and_parameter_copy_what_they_are_given(make, kind, tmp_path):
+    """Two parameters made of one array must not train each other."""
+    given = np.arange(6.0, dtype=np.float64 if kind == "float64" else np.float32).reshape(2, 3)
+    if kind == "view":
+        given = given[:, ::2]
+    elif kind == "Tensor":
+        given = tinylm.Tensor(given)
+    elif kind == "mapped file":
+        mapped = np.memmap(tmp_path / "file", np.float32, "w+", shape=given.shape)
+        mapped[...] = given
+        given = mapped
+    a, b = make(given), make(given)
+    raw = given.data if kind == "Tensor" else given
+    for x, y in ((a.data, b.data), (a.data, raw), (b.data, raw)):
+        assert not np.shares_memory(x, y)
+    np.testing.assert_array_equal(a.data, raw)
+    assert type(a.data) is np.ndarray
+    assert a.dtype == (np.float64 if kind == "float64" and make is tinylm.tensor else np.float32)
+    assert make(given, dtype=np.float64).dtype == np.float64
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+@pytest.mark.parametrize(
+    "make", [lambda: np.matrix([[1.0, 2.0]]), lambda: np.ma.masked_array([1.0, 2.0], [True, False])]
+)
+def test_matrices_and_masked_arrays_are_refused(make):
+    given = make()
+    for use in (tinylm.tensor, tinylm.Tensor, nn.Parameter, lambda x: tinylm.tensor([1.0, 2.0]) * x):
+        with pytest.raises(TypeError, match=f"takes plain arrays, not {type(given).__name__}; make one by np.asarray"):
+            use(given)
 
 
 # --- state_dict and load_state_dict -----------------------------------------------------------------------------

@@ -487,9 +487,10 @@ def test_an_interrupted_gradient_never_reaches_the_model_afterwards(monkeypatch)
         raise KeyboardInterrupt
 
     with Workers(model, 2) as workers:
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(parallel, "wait", interrupted)
+        monkeypatch.setattr(parallel, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
             workers.gradient(work)
+        monkeypatch.undo()
         model.zero_grad()
         going_on.set()
         deadline = time.monotonic() + 10

@@ -348,6 +348,28 @@ def one_parameter():
     return p, AdamW([p])
 
 
+def test_gradients_of_float16_weights_and_none_at_all_are_refused():
+    half = nn.Parameter(np.ones(3), np.float16)
+    half.grad = np.ones(3, np.float16)
+    with pytest.raises(ValueError, match="gradients of float16 weights; keep the weights in float32"):
+        GradScaler().unscale_(AdamW([half]))
+    np.testing.assert_array_equal(half.grad, np.ones(3))
+    p, optimizer = one_parameter()
+    p.grad = None
+    with pytest.raises(RuntimeError, match=r"no parameter of the optimizer has a gradient; call backward\(\) first"):
+        GradScaler().unscale_(optimizer)
+
+
+def test_unscaling_and_its_check_may_be_replaced():
+    p, optimizer = one_parameter()
+    scaler = GradScaler(init_scale=4.0)
+    with override(precision.unscale, lambda grads, factor: factor != 0.25) as mine:
+        scaler.unscale_(optimizer)
+        assert not scaler.step(optimizer)
+    assert mine.forward_calls == 1
+    np.testing.assert_array_equal(p.grad, np.ones(3))
+
+
 def test_wrong_orders_are_errors():
     p, optimizer = one_parameter()
     scaler = GradScaler()

@@ -9,6 +9,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from operator import attrgetter
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, ClassVar, Union
 
 import numpy as np
@@ -108,8 +109,8 @@ class Op:
         if record.autocast is not None and cls.autocasts == "inputs":
             inputs = tuple(map(record.autocast, inputs))
         arrays, needs, parents, slots, dtype = cls._gather(inputs, record.recording)
-        implementation: Any = registry.implementation(cls, record, arrays, params)
-        if not isinstance(implementation, type):  # engine "composed": a function of Tensors
+        implementation = registry.implementation(cls, record, arrays, params)
+        if isinstance(implementation, FunctionType):  # engine "composed": a function of Tensors
             return implementation(*inputs, **params)
         if dtype == FLOAT16 and implementation.half != "as it is":
             implementation = in_half(implementation)
@@ -188,9 +189,9 @@ class Op:
 def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) -> None:
     """Add d(tensor)/d(leaf), contracted with the tensor's gradient, to `leaf.grad` for every leaf that requires it.
 
-    Takes one tensor and its gradient, or a list of each (summed over). A gradient has its tensor's shape and dtype; None
-    stands for 1, for a tensor of one element. Each node is released as soon as it has been walked, so memory falls as
-    backward goes, and what was walked cannot be walked again. A backward that fails leaves every `grad` as it was.
+    Takes one tensor and its gradient, or a list of each (summed over). A gradient has its tensor's shape and dtype;
+    None stands for 1, for a tensor of one element. Each node is released as soon as it has been walked, so memory falls
+    as backward goes, and what was walked cannot be walked again. A backward that fails leaves every `grad` as it was.
     Raises RuntimeError for a tensor without a graph, or whose graph is spent, and for gradients of the wrong shape or
     dtype; an error in an op's backward keeps its type and gets a note that names the op.
     """

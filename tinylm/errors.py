@@ -1,4 +1,4 @@
-"""What the tape says of an op that is written wrongly: its class, file and line, what it returned and what was expected."""
+"""What the tape says of a wrong op: its class, file and line, what it returned and what was expected."""
 
 import inspect
 import zlib

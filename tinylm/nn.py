@@ -29,8 +29,8 @@ class Parameter(Tensor):
 class Module:
     """A part of a model. Its parameters are those of its attributes, in the order of their assignment.
 
-    An attribute may be a Parameter or a Module, or a list, tuple or dict of them, nested as deep as you like. A parameter
-    reached by two names (tied weights) counts once, under the first.
+    An attribute may be a Parameter or a Module, or a list, tuple or dict of them, nested as deep as you like. A
+    parameter reached by two names (tied weights) counts once, under the first.
     """
 
     training = True

@@ -11,9 +11,9 @@ from .tensor import Tensor
 class Recompute(Unfolding):
     """Forward runs `fn` without recording and saves its inputs alone; backward runs it again, recorded.
 
-    The new graph begins where the inputs came from, so the walk goes on through it as if it had been recorded the first
-    time: every gradient is added up in the same order, bit for bit. The second run has the dropout masks, the casts, the
-    engines and the overrides of the first.
+    The new graph begins where the inputs came from, so the walk goes on through it as if it had been recorded the
+    first time: every gradient is added up in the same order, bit for bit. The second run has the dropout masks, the
+    casts, the engines and the overrides of the first.
     """
 
     half = "as it is"

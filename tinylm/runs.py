@@ -369,8 +369,8 @@ def _same(described: dict[str, Any], state: TrainState, vocabulary: Vocabulary, 
     """Raise ValueError that names what the run was begun with and is another now."""
     if described["format"] != FORMAT:
         raise ValueError(
-            "cannot resume: the run was saved by an earlier version of tinylm, which rounded otherwise, so that it would "
-            "not go on bit for bit; its weights still load (to generate, for instance); begin a new run"
+            "cannot resume: the run was saved by an earlier version of tinylm, which rounded otherwise; it would not "
+            "go on bit for bit; its weights still load (to generate, for instance); begin a new run"
         )
     now = asdict(state.model.config)
     free = ("recompute", "dropout")  # these are not the model's shape

@@ -22,15 +22,18 @@ def load(*names: str, tell: Callable[[str], None] = lambda message: print(messag
 
     The first time on a machine numba compiles its loops, which is told; afterwards they come from the disk. Without a
     name, it tells what to install for the speed that is missing. Raises ValueError for an engine that is unknown or
-    not installed. `load("reference")` puts none in force.
+    not installed. `load("reference")` puts none in force, and "reference" among others ends the list: what comes after
+    it would never run. "composed" is always there.
     """
-    if names == ("reference",):
-        registry.set_default_engines()
-        return ()
     loaded = []
     for name in names or ENGINES:
+        if name == "reference":
+            break
+        if name == "composed":
+            loaded.append(name)
+            continue
         if name not in ENGINES:
-            raise ValueError(f"there is no engine {name!r}; there are reference, {', '.join(ENGINES)}")
+            raise ValueError(f"there is no engine {name!r}; there are composed, reference, {', '.join(ENGINES)}")
         try:
             register(name, tell)
         except ImportError as error:

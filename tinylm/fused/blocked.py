@@ -1,8 +1,8 @@
 """Attention a block of queries at a time: engine "blocked", for NumPy and CuPy.
 
-The formula is that of `ops/attention.py`; here what the mask discards is not computed. What lies right of a block's last
-key is masked for all its queries, so a block of queries is multiplied with the keys up to that one alone: as T grows,
-half of the work and of the memory. The row sum of dP * P is taken as that of dY * Y (Dao et al., 2022, eq. 4).
+The formula is that of `ops/attention.py`, but what the mask discards is not computed. The keys after a block's last
+query are masked for all its queries, so a block is multiplied with the keys up to there alone: as T grows, half of the
+work and of the memory. The row sum of dP * P is taken as that of dY * Y (Dao et al., 2022, eq. 4).
 """
 
 import math
