@@ -12,7 +12,7 @@ from ..ops.attention import CausalAttention
 from ..ops.gelu import Gelu
 from ..ops.layer_norm import LayerNorm
 from ..ops.linear_cross_entropy import LinearCrossEntropy
-from ..ops.matmul import product, rows
+from ..ops.matmul import rows
 from ..optim import adamw
 from ..registry import fused
 from . import kernels
@@ -116,7 +116,7 @@ class FusedLinearCrossEntropy(Float32, LinearCrossEntropy):
         return kernels.softmax_loss(z, t, share, counted)
 
 
-def _float32_lists(params, grads, exp_avgs, exp_avg_sqs, *_):
+def _float32_lists(params, grads, exp_avgs, exp_avg_sqs, *_, **__):
     return all(type(a) is np.ndarray and a.dtype == f32 for a in (*params, *grads))
 
 
