@@ -8,7 +8,7 @@ import numpy as np
 
 from .array import Array, array_module, to_device
 from .nn import Module, Parameter
-from .registry import replaceable
+from .registry import implementation, replaceable
 from .settings import current
 
 
@@ -177,8 +177,9 @@ def clip(parameters: Iterable[Parameter], max_norm: float) -> tuple[float, float
     The same as `clip_grad_norm_`, without a pass of its own over the gradients. Where somebody replaced that function,
     it is called, and the coefficient that it leaves is 1.
     """
-    if clip_grad_norm_ in current().overrides:
-        return clip_grad_norm_(parameters, max_norm), 1.0
+    chosen = implementation(clip_grad_norm_, current(), (parameters, max_norm), {})
+    if chosen is not clip_grad_norm_:
+        return chosen(parameters, max_norm), 1.0
     norm = _global_norm([p.grad for p in parameters if p.grad is not None])
     return norm, _clip_coefficient(norm, max_norm)
 

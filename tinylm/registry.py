@@ -152,14 +152,19 @@ class override(Block):
             warnings.warn(self._never_ran(), RuntimeWarning, stacklevel=2)
 
     def _never_ran(self) -> str:
-        name, target = (x.__name__ for x in (self.replacement, self.target))
+        name, target = (getattr(x, "__name__", repr(x)) for x in (self.replacement, self.target))
         ran = sorted(x.__name__ for x in self._others)
         told = f"{name} replaced {target} but never ran; what ran: {', '.join(ran) or 'nothing'}"
-        for other in self._others:
-            for twin in _twins.get(other, {}).get("composed", ()):
-                if self.target in twin.parts:
-                    told += f". {target} inside {other.__name__} is a part of {other.__name__}; use engine 'composed'"
+        for other in sorted(self._others, key=lambda x: x.__name__):
+            if self.target in _parts(other):
+                told += f". {target} inside {other.__name__} is a part of {other.__name__}; use engine 'composed'"
         return told
+
+
+def _parts(target: Any) -> set[Any]:
+    """The ops that `target` is composed of, and those that these are composed of."""
+    direct = {part for twin in _twins.get(target, {}).get("composed", ()) for part in getattr(twin, "parts", ())}
+    return direct.union(*map(_parts, direct))
 
 
 def check(op: type["Op"], replacement: Any) -> None:

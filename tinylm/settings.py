@@ -65,18 +65,17 @@ class Block:
 
             @wraps(function)
             def values(*args: Any, **kwargs: Any) -> Any:
-                with self:
-                    generator = function(*args, **kwargs)
+                generator, inside, sent = function(*args, **kwargs), Block(**self.fields), None
                 try:
                     while True:
-                        with self:
+                        with inside:
                             try:
-                                value = next(generator)
+                                value = generator.send(sent)
                             except StopIteration as stop:
                                 return stop.value
-                        yield value
+                        sent = yield value
                 finally:
-                    with self:
+                    with self:  # it ends once, so an `override` warns once
                         generator.close()
 
             return values

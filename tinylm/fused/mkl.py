@@ -24,11 +24,14 @@ def find() -> Path | None:
 
 
 def load() -> None:
-    """Register the engine. Raises ImportError where MKL is not installed."""
+    """Register the engine. Raises ImportError where MKL is not installed, or does not load."""
     library = find()
     if library is None:
         raise ImportError("the library mkl_rt is not installed")
-    mkl = ctypes.CDLL(str(library))
+    try:
+        mkl = ctypes.CDLL(str(library))
+    except OSError as error:
+        raise ImportError(str(error)) from None
     mkl.MKL_Set_Threading_Layer(_SEQUENTIAL)
     integer, number, pointer = ctypes.c_int, ctypes.c_float, ctypes.c_void_p
     mkl.cblas_sgemm.argtypes = [*[integer] * 6, number, pointer, integer, pointer, integer, number, pointer, integer]
@@ -52,8 +55,8 @@ def supports(a: np.ndarray, b: np.ndarray, out: np.ndarray | None = None) -> boo
     if not (type(a) is type(b) is np.ndarray and a.dtype == b.dtype == np.float32 and a.ndim == b.ndim == 2):
         return False
     (m, k), n = a.shape, b.shape[1]
-    contiguous = out is None or (out.dtype == np.float32 and out.flags.c_contiguous)
-    return contiguous and m * n * k >= SMALLEST and k == len(b) and 1 not in (m, n)
+    fits = out is None or (out.shape == (m, n) and out.dtype == np.float32 and out.flags.c_contiguous)
+    return fits and m * n * k >= SMALLEST and k == len(b) and 1 not in (m, n)
 
 
 def _layout(x: np.ndarray) -> tuple[np.ndarray, int, int]:

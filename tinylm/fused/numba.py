@@ -116,7 +116,7 @@ class FusedLinearCrossEntropy(Float32, LinearCrossEntropy):
         return kernels.softmax_loss(z, t, share, counted)
 
 
-def _float32_lists(params, grads, exp_avgs, exp_avg_sqs, *_):
+def _float32_lists(params, grads, exp_avgs, exp_avg_sqs, *_, **__):
     return all(type(a) is np.ndarray and a.dtype == f32 for a in (*params, *grads))
 
 
