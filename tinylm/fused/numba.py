@@ -62,6 +62,28 @@ class FusedLayerNorm(Float32, LayerNorm):
         return dx.reshape(dy.shape), dweight, dbias if self.needs[2] else None
 
 
+FEW = 64  # rows, below which BLAS multiplies faster the other way round
+
+
+def _few_rows(a, b, out=None):
+    return (
+        out is None
+        and type(a) is type(b) is np.ndarray
+        and a.dtype == b.dtype == f32
+        and b.ndim == 2
+        and a.size <= FEW * len(b)
+        and a.shape[-1] == len(b)
+        and b.flags.f_contiguous
+    )
+
+
+@fused(product, engine="numba", supports=_few_rows)
+def few_rows(a, b, out=None):
+    """A few rows a times W^T, as a token's in generation: (W a^T)^T lets BLAS copy the few rows, not all of W."""
+    y = np.matmul(b.T, rows(a).T).T
+    return np.ascontiguousarray(y).reshape(*a.shape[:-1], b.shape[1])
+
+
 @fused(CausalAttention, engine="numba")
 class FusedCausalAttention(Float32, CausalAttention):
     @classmethod
