@@ -43,7 +43,7 @@ def measure(config: GPTConfig, batch_size: int, steps: int, threads: int) -> lis
     x, y = batch(config, batch_size, 0)
     losses: dict[str, float] = {}
     with threadpool_limits(threads):  # of BLAS; workers have one each
-        step = {engine: make_step(engine, config, threads) for engine in common.installed()}
+        step = {engine: make_step(engine, config, batch_size, threads) for engine in common.installed()}
 
         def run(engine: str) -> None:
             losses[engine] = step[engine](x, y)

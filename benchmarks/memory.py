@@ -231,7 +231,7 @@ def main() -> None:
 
     # What has to be compiled is compiled here: once, and not in the workers, whose peaks it would raise.
     shape = train_step.CONFIGS["S"][0]
-    train_step.make_step(args.engine, shape, threads=1)(*train_step.batch(shape, 1, 0))
+    train_step.make_step(args.engine, shape, 1, threads=1)(*train_step.batch(shape, 1, 0))
     shared = [f"--engine={args.engine}", f"--clock={args.clock}", f"--seed={args.seed}"]
     print(f"engine: {args.engine}")
     print(f"{'':18}{'activations':^18}{'process peak':^18}{args.clock + ' time a step':^19}{'validation':>11}")

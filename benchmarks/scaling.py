@@ -47,10 +47,9 @@ def flops_a_token(config: GPTConfig, causal: bool) -> float:
 
 def measure(config: GPTConfig, batch_size: int, engine: str, steps: int, threads: int) -> dict[str, float]:
     """Seconds of each library's fastest step."""
-    # A worker needs a sequence of its own. With one worker BLAS has all threads.
     with threadpool_limits():  # restored afterwards
-        mine = make_step(engine, config, min(threads, batch_size))
-        theirs = make_step("torch", config, threads)
+        mine = make_step(engine, config, batch_size, threads)
+        theirs = make_step("torch", config, batch_size, threads)
         x, y = batch(config, batch_size, 0)
         times = common.in_turn({"tinylm": lambda: mine(x, y), "torch": lambda: theirs(x, y)}, steps)
     return {name: min(seconds) for name, seconds in times.items()}

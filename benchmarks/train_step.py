@@ -1,22 +1,26 @@
 """One training step in tinylm and in PyTorch: the same weights, the same batches, in turn.
 
-    python benchmarks/train_step.py [--config S M] [--engine numpy numba mkl] [--compile] [--json FILE]
+    python benchmarks/train_step.py [--config S M] [--engine numpy numba mkl] [--batch-size 2 4] [--block 1024]
+                                    [--compile] [--json FILE]
 
 All train in one process, one step of the one after one step of the other, so that a machine that slows down or is
 shared slows them all; the ratio of the medians is the figure to quote. Peak memory is that of a process of its own for
 each. A step is: forward, backward, clipping by the global norm, AdamW (foreach=True, PyTorch's fastest here), in
-float32.
+float32. With another --block the tokens of a step stay as many, as near as whole sequences allow, unless --batch-size
+says how many sequences.
 
 The engines are sets of common.py: numpy is tinylm with nothing but NumPy, numba adds the compiled loops, mkl also MKL's
 matrix product.
 """
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -91,10 +95,13 @@ def torch_step(model: GPT, engine: str, threads: int) -> Step:
     return step
 
 
-def make_step(engine: str, config: GPTConfig, threads: int) -> Step:
+def make_step(engine: str, config: GPTConfig, batch_size: int, threads: int) -> Step:
     """A step of `engine`, from the same weights for all."""
     tinylm.random.seed(0)
-    return (torch_step if engine in ("torch", "compile") else tinylm_step)(GPT(config), engine, threads)
+    if engine in ("torch", "compile"):
+        return torch_step(GPT(config), engine, threads)
+    # A worker needs a sequence of its own. With one worker BLAS has all threads.
+    return tinylm_step(GPT(config), engine, min(threads, batch_size))
 
 
 def batch(config: GPTConfig, batch_size: int, number: int) -> tuple[np.ndarray, np.ndarray]:
@@ -103,10 +110,21 @@ def batch(config: GPTConfig, batch_size: int, number: int) -> tuple[np.ndarray, 
     return ids[:, :-1].copy(), ids[:, 1:].copy()
 
 
-def measure(name: str, engines: list[str], steps: int, threads: int) -> list[dict[str, Any]]:
+def setting(name: str, block: int | None, batch_size: int | None) -> tuple[GPTConfig, int]:
+    """(the model, the sequences a batch) of a configuration, with another block or batch where one is given."""
+    config, sequences, _ = CONFIGS[name]
+    if block:
+        sequences = max(1, sequences * config.block_size // block)
+        config = replace(config, block_size=block)
+    return config, batch_size or sequences
+
+
+def measure(
+    name: str, block: int | None, sequences: int | None, engines: list[str], steps: int, threads: int
+) -> list[dict[str, Any]]:
     """Train all in turn and return a row of the table for each of tinylm's engines."""
-    config, batch_size, _ = CONFIGS[name]
-    step = {engine: make_step(engine, config, threads) for engine in engines}
+    config, batch_size = setting(name, block, sequences)
+    step = {engine: make_step(engine, config, batch_size, threads) for engine in engines}
     seconds: dict[str, list[float]] = {engine: [] for engine in engines}
     losses: dict[str, list[float]] = {engine: [] for engine in engines}
     for number in range(WARMUP + steps):
@@ -116,12 +134,14 @@ def measure(name: str, engines: list[str], steps: int, threads: int) -> list[dic
             losses[engine].append(step[engine](x, y))
             seconds[engine].append(perf_counter() - started)
     ms = {engine: 1e3 * statistics.median(times[WARMUP:]) for engine, times in seconds.items()}
-    mb = {engine: peak_mb(name, engine, threads) for engine in engines}
+    mb = {engine: peak_mb(name, config.block_size, batch_size, engine, threads) for engine in engines}
     return [
         {
             "config": name,
             "engine": engine,
             "threads": threads,
+            "block": config.block_size,
+            "batch": batch_size,
             "tokens": batch_size * config.block_size,
             "tinylm_ms": ms[engine],
             "torch_ms": ms["torch"],
@@ -138,15 +158,16 @@ def measure(name: str, engines: list[str], steps: int, threads: int) -> list[dic
     ]
 
 
-def peak_mb(name: str, engine: str, threads: int) -> float:
+def peak_mb(name: str, block: int, batch_size: int, engine: str, threads: int) -> float:
     """Peak resident memory, in MB, of a process that trains only one of them for a few steps."""
-    command = [sys.executable, __file__, "--config", name, "--peak-of", engine, "--threads", str(threads)]
+    options = {"config": name, "block": block, "batch-size": batch_size, "peak-of": engine, "threads": threads}
+    command = [sys.executable, __file__, *(str(x) for name, value in options.items() for x in (f"--{name}", value))]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def print_peak(name: str, engine: str, threads: int) -> None:
-    config, batch_size, _ = CONFIGS[name]
-    step = make_step(engine, config, threads)
+def print_peak(name: str, block: int, batch_size: int, engine: str, threads: int) -> None:
+    config, batch_size = setting(name, block, batch_size)
+    step = make_step(engine, config, batch_size, threads)
     for number in range(5):
         step(*batch(config, batch_size, number))
     print(peak_rss() / 1e6)
@@ -161,13 +182,15 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="also torch.compile, which takes a minute and a C++ compiler"
     )
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[None], help="sequences a step (S: 12, M: 8)")
+    parser.add_argument("--block", nargs="+", type=int, default=[None], help="tokens a sequence (S: 64, M: 256)")
     parser.add_argument("--steps", type=int, help="counted steps of each (default: 100 for S, 10 for M)")
     parser.add_argument("--threads", type=int, default=available_cores(), help="of each (default: the cores)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the table as JSON")
     parser.add_argument("--peak-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.peak_of:
-        return print_peak(args.config[0], args.peak_of, args.threads)
+        return print_peak(args.config[0], args.block[0], args.batch_size[0], args.peak_of, args.threads)
 
     installed = common.installed()
     engines = args.engine or installed[installed.index("numpy") :]
@@ -175,18 +198,22 @@ def main() -> None:
         parser.error(f"not installed: {', '.join(sorted(missing))}")
     rivals = ["torch", "compile"] if args.compile else ["torch"]
 
-    print(f"{'':12}{'ms/step':^27}{'tokens/s':^18}{'speed against':^16}{'peak MB':^16}{'losses':>10}")
-    print(f"{'':12}{'tinylm':>9}{'eager':>9}{'compile':>9}{'tinylm':>9}{'eager':>9}", end="")
+    print(f"{'':23}{'ms/step':^27}{'tokens/s':^18}{'speed against':^16}{'peak MB':^16}{'losses':>10}")
+    print(
+        f"{'':3}{'block':>6}{'batch':>6} {'engine':7}{'tinylm':>9}{'eager':>9}{'compile':>9}{'tinylm':>9}{'eager':>9}",
+        end="",
+    )
     print(f"{'eager':>8}{'compile':>8}{'tinylm':>8}{'eager':>8}{'differ by':>11}", flush=True)
     rows = []
-    for name in args.config:
-        for row in measure(name, [*engines, *rivals], args.steps or CONFIGS[name][2], args.threads):
+    for name, block, batch_size in itertools.product(args.config, args.block, args.batch_size):
+        steps = args.steps or CONFIGS[name][2]
+        for row in measure(name, block, batch_size, [*engines, *rivals], steps, args.threads):
             rows.append(row)
             ms, torch_ms, tokens = row["tinylm_ms"], row["torch_ms"], row["tokens"]
             compiled, ratio = (f"{row[key]:.{digits}f}" if row[key] else "-" for key, digits in COMPILED)
             print(
-                f"{name:3}{row['engine']:9}{ms:9.1f}{torch_ms:9.1f}{compiled:>9}{tokens / ms * 1e3:9,.0f}"
-                f"{tokens / torch_ms * 1e3:9,.0f}{row['ratio']:8.2f}{ratio:>8}{row['tinylm_mb']:8.0f}"
+                f"{name:3}{row['block']:6,d}{row['batch']:6d} {row['engine']:7}{ms:9.1f}{torch_ms:9.1f}{compiled:>9}"
+                f"{tokens / ms * 1e3:9,.0f}{tokens / torch_ms * 1e3:9,.0f}{row['ratio']:8.2f}{ratio:>8}{row['tinylm_mb']:8.0f}"
                 f"{row['torch_mb']:8.0f}{row['loss_difference']:11.0e}",
                 flush=True,
             )

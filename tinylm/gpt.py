@@ -76,7 +76,8 @@ class Attention(Module):
 
     def forward(self, x: Tensor, cache: KeyValues | None = None) -> Tensor:
         B, T, C = x.shape
-        q, k, v = (heads.reshape(B, T, self.n_head, -1).swapaxes(1, 2) for heads in self.c_attn(x).chunk(3, axis=-1))
+        qkv = self.c_attn(x).reshape(B, T, 3 * self.n_head, -1).swapaxes(1, 2)  # (B, 3H, T, D): q's heads, k's, v's
+        q, k, v = qkv.chunk(3, axis=1)
         if cache is not None:
             k, v = cache.append(k, v)
         y = ops.causal_attention(q, k, v, self.dropout, self.training)  # (B, H, T, D)

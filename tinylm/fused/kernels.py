@@ -45,12 +45,20 @@ def _exp(x):
     return x if x != x else f32(0) if x < f32(-87.0) else f32(math.inf) if x > f32(88.0) else y
 
 
-@njit(inline="never", fastmath=True)  # a maximum vectorises only where NaN may be ignored; _exp hands it on
+@njit(inline="always")
+def _in_order(bits):
+    """The 32 bits of a float as an integer of the same order, and back."""
+    return bits ^ ((bits >> np.int32(31)) & np.int32(0x7FFFFFFF))
+
+
+@njit(inline="never")
 def _largest(row):
-    largest = row[0]
-    for i in range(1, row.size):
-        largest = max(largest, row[i])
-    return largest
+    """The largest number of a row, or NaN. By integers, for LLVM does not vectorise a maximum of floats."""
+    bits = row.view(np.int32)
+    largest = _in_order(bits[0])
+    for i in range(1, bits.size):
+        largest = max(largest, _in_order(bits[i]))
+    return _as_float(_in_order(largest))
 
 
 A = f32(2 * math.sqrt(2 / math.pi))

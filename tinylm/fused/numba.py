@@ -12,7 +12,7 @@ from ..ops.attention import CausalAttention
 from ..ops.gelu import Gelu
 from ..ops.layer_norm import LayerNorm
 from ..ops.linear_cross_entropy import LinearCrossEntropy
-from ..ops.matmul import rows
+from ..ops.matmul import product, rows
 from ..optim import adamw
 from ..registry import fused
 from . import kernels
@@ -62,6 +62,28 @@ class FusedLayerNorm(Float32, LayerNorm):
         return dx.reshape(dy.shape), dweight, dbias if self.needs[2] else None
 
 
+FEW = 64  # rows, below which BLAS multiplies faster the other way round
+
+
+def _few_rows(a, b, out=None):
+    return (
+        out is None
+        and type(a) is type(b) is np.ndarray
+        and a.dtype == b.dtype == f32
+        and b.ndim == 2
+        and a.size <= FEW * len(b)
+        and a.shape[-1] == len(b)
+        and b.flags.f_contiguous
+    )
+
+
+@fused(product, engine="numba", supports=_few_rows)
+def few_rows(a, b, out=None):
+    """A few rows a times W^T, as a token's in generation: (W a^T)^T lets BLAS copy the few rows, not all of W."""
+    y = np.matmul(b.T, rows(a).T).T
+    return np.ascontiguousarray(y).reshape(*a.shape[:-1], b.shape[1])
+
+
 @fused(CausalAttention, engine="numba")
 class FusedCausalAttention(Float32, CausalAttention):
     @classmethod
@@ -72,9 +94,9 @@ class FusedCausalAttention(Float32, CausalAttention):
         self.check(q, k, v)
         (B, H, T, D), S = q.shape, k.shape[2]
         y = np.empty((B, T, H, v.shape[3]), f32).transpose(0, 2, 1, 3)
-        ps = []
+        kt, ps = _transposed(k, T), []
         for start, end, seen in blocks(T, S):
-            p = _dots(q[:, :, start:end], k[:, :, :seen])
+            p = np.matmul(q[:, :, start:end], kt[:, :, :, :seen], order="C")
             kernels.causal_softmax(rows(p), end - start, f32(1 / math.sqrt(D)))
             np.matmul(p, v[:, :, :seen], out=y[:, :, start:end])
             ps.append(p)
@@ -85,10 +107,11 @@ class FusedCausalAttention(Float32, CausalAttention):
         q, k, v, y, ps = self.saved
         dq, dk, dv = (np.empty(x.transpose(0, 2, 1, 3).shape, f32).transpose(0, 2, 1, 3) for x in (q, k, v))
         delta = np.einsum("bhtd,bhtd->bht", dy, y)
+        vt = _transposed(v, q.shape[2])
         # From the last block, which sees every key and so fills dk and dv, to the first.
         for (start, end, seen), p in reversed(list(zip(blocks(q.shape[2], k.shape[2]), ps, strict=True))):
             dy_, q_ = dy[:, :, start:end], q[:, :, start:end]
-            ds = _dots(dy_, v[:, :, :seen])
+            ds = np.matmul(dy_, vt[:, :, :, :seen], order="C")
             delta_ = np.ascontiguousarray(delta[:, :, start:end]).reshape(-1)
             kernels.causal_softmax_backward(rows(p), rows(ds), delta_, end - start, f32(1 / math.sqrt(q.shape[3])))
             np.matmul(ds, k[:, :, :seen], out=dq[:, :, start:end])
@@ -101,9 +124,10 @@ class FusedCausalAttention(Float32, CausalAttention):
         return dq, dk, dv
 
 
-def _dots(a, b):
-    """a b^T, contiguous whatever the order of a's and b's axes in memory: the kernels work on its rows, in place."""
-    return np.matmul(a, b.swapaxes(-1, -2), order="C")
+def _transposed(x, T):
+    """x^T (B, H, D, S), in memory too where enough queries pay for the copy: BLAS reads its rows faster."""
+    xt = x.swapaxes(-1, -2)
+    return xt if T < 16 else np.ascontiguousarray(xt)
 
 
 @fused(LinearCrossEntropy, engine="numba")
