@@ -213,8 +213,8 @@ def main() -> None:
             compiled, ratio = (f"{row[key]:.{digits}f}" if row[key] else "-" for key, digits in COMPILED)
             print(
                 f"{name:3}{row['block']:6,d}{row['batch']:6d} {row['engine']:7}{ms:9.1f}{torch_ms:9.1f}{compiled:>9}"
-                f"{tokens / ms * 1e3:9,.0f}{tokens / torch_ms * 1e3:9,.0f}{row['ratio']:8.2f}{ratio:>8}{row['tinylm_mb']:8.0f}"
-                f"{row['torch_mb']:8.0f}{row['loss_difference']:11.0e}",
+                f"{tokens / ms * 1e3:9,.0f}{tokens / torch_ms * 1e3:9,.0f}{row['ratio']:8.2f}{ratio:>8}"
+                f"{row['tinylm_mb']:8.0f}{row['torch_mb']:8.0f}{row['loss_difference']:11.0e}",
                 flush=True,
             )
             if row["loss_difference"] > 1e-3:

@@ -99,7 +99,7 @@ def run(main: Callable[[], None]) -> NoReturn:
         message, status = f"error: {error}; a smaller learning rate may help", 1
     except MemoryError as error:
         message, status = f"error: out of memory: {error}", 1
-    except BrokenPipeError:  # whoever read our output has gone (| head): nobody is left to tell
+    except BrokenPipeError:  # the reader of our output has gone (| head)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
