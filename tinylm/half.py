@@ -6,7 +6,6 @@ as tensor cores do. An input that is saved is saved as it came, not as a copy. (
 """
 
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,59 +18,65 @@ if TYPE_CHECKING:
 FLOAT16 = np.dtype(np.float16)
 
 
-@cache
 def in_half(op: type["Op"]) -> type["Op"]:
-    """`op` for inputs of which some are float16; what it does with them, `op.half` says."""
+    """`op` for inputs of which some are float16; made once for each op, and kept with it."""
+    if "_in_half" not in vars(op):
+        op._in_half = type(op.__name__, (_InHalf, op), {"page": op})  # type: ignore[attr-defined]
+    return op._in_half  # type: ignore[attr-defined]
 
-    def save(self: Any, *arrays: Any) -> None:
-        super(Half, self).save(*(each(self.narrow, a) for a in arrays))
 
-    def narrow(self: Any, a: Any) -> Any:
-        """An array as it is saved: an input as it came, statistics smaller than the inputs in float32."""
-        if id(a) in self.given:
-            return self.given[id(a)][1]
-        if not self.rounds or a.dtype != np.float32 or a.size < self.large:
-            return a
-        return self.given.setdefault(id(a), (a, a.astype(FLOAT16)))[1]
+class _InHalf:
+    """What stands between the tape and a page; `super()` is the page."""
 
-    def forward(self: Any, *arrays: Any) -> Any:
-        came = [each(widen, a) for a in arrays]
-        self.given = {id(wide): (wide, a) for wide, a in zip(came, arrays, strict=True) if is_array(wide)}
+    page: type["Op"]
+    saved: tuple[Any, ...]
+
+    def forward(self, *arrays: Any) -> Any:
+        wide = [_each(_widen, a) for a in arrays]
+        self.given = {id(x): (x, a) for x, a in zip(wide, arrays, strict=True) if is_array(x)}  # float32 -> as it came
         self.large = max(a.size for a in arrays if is_array(a))
         self.dtypes = [getattr(a, "dtype", None) for a in arrays]
         # The first floating input decides; a loss stays in float32, and so does what it saves.
         first = next(dtype for dtype in self.dtypes if dtype is not None and dtype.kind == "f")
-        self.rounds = op.half == "rounded" and first == FLOAT16
-        y = super(Half, self).forward(*came)
+        self.rounds = self.page.half == "rounded" and first == FLOAT16
+        y = super().forward(*wide)  # type: ignore[misc]
         if self.rounds:
-            self.large = 0
-            y = each(self.narrow, y)
+            y = _each(self._round, y)
         del self.given  # or the float32 arrays would live until backward
         return y
 
-    def backward(self: Any, *dys: Any) -> Any:
-        self.saved = each(widen, self.saved)
-        dxs = super(Half, self).backward(*each(widen, dys))
-        if not isinstance(dxs, tuple):
-            return each(_as(self.dtypes[0]), dxs)
-        return tuple(each(_as(dtype), dx) for dtype, dx in zip(self.dtypes, dxs, strict=False))
+    def backward(self, *dys: Any) -> Any:
+        self.saved = _each(_widen, self.saved)
+        dxs = super().backward(*_each(_widen, dys))  # type: ignore[misc]
+        several = dxs if isinstance(dxs, tuple) else (dxs,)
+        if len(several) != len(self.dtypes):
+            return dxs  # the tape says what is wrong
+        return tuple(_each(_as(dtype), dx) for dtype, dx in zip(self.dtypes, several, strict=True))
 
-    body = {"save": save, "narrow": narrow, "forward": forward, "backward": backward, "__module__": op.__module__}
-    Half: Any = type(op.__name__, (op,), body)
-    Half.page = op
-    return Half
+    def save(self, *arrays: Any) -> None:
+        super().save(*(_each(self._save, a) for a in arrays))  # type: ignore[misc]
+
+    def _save(self, x: Any) -> Any:
+        """An array as it is saved: statistics, smaller than the inputs, stay in float32."""
+        return self._round(x) if id(x) in self.given or (self.rounds and x.size >= self.large) else x
+
+    def _round(self, x: Any) -> Any:
+        """A float32 array in float16: the input itself where it came from one, and the same array each time."""
+        if id(x) not in self.given:
+            self.given[id(x)] = (x, x.astype(FLOAT16) if x.dtype == np.float32 else x)
+        return self.given[id(x)][1]
 
 
-def each(function: Callable[[Any], Any], x: Any) -> Any:
+def _each(function: Callable[[Any], Any], x: Any) -> Any:
     """`function` of every array (and NumPy scalar) in a nest of tuples and lists."""
-    if isinstance(x, tuple | list):
-        return type(x)(each(function, y) for y in x)
+    if type(x) in (tuple, list):
+        return type(x)(_each(function, y) for y in x)
     if isinstance(x, np.generic):
         x = np.asarray(x)
     return function(x) if is_array(x) else x
 
 
-def widen(a: Any) -> Any:
+def _widen(a: Any) -> Any:
     return a.astype(np.float32) if a.dtype == FLOAT16 else a
 
 
