@@ -209,7 +209,10 @@ def main() -> None:
     rivals = ["torch", "compile"] if args.compile else ["torch"]
 
     print(f"{'':23}{'ms/step':^27}{'tokens/s':^18}{'speed against':^16}{'peak MB':^16}{'losses':>10}")
-    print(f"{'':3}{'block':>6}{'batch':>6} {'engine':7}{'tinylm':>9}{'eager':>9}{'compile':>9}{'tinylm':>9}{'eager':>9}", end="")
+    print(
+        f"{'':3}{'block':>6}{'batch':>6} {'engine':7}{'tinylm':>9}{'eager':>9}{'compile':>9}{'tinylm':>9}{'eager':>9}",
+        end="",
+    )
     print(f"{'eager':>8}{'compile':>8}{'tinylm':>8}{'eager':>8}{'differ by':>11}", flush=True)
     rows = []
     for name, block, batch_size in itertools.product(args.config, args.block, args.batch_size):
