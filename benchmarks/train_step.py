@@ -222,7 +222,8 @@ def main() -> None:
             ms, torch_ms, tokens = row["tinylm_ms"], row["torch_ms"], row["tokens"]
             compiled, ratio = (f"{row[key]:.{digits}f}" if row[key] else "-" for key, digits in COMPILED)
             print(
-                f"{name:3}{row['block']:6,d}{row['batch']:6d} {row['engine']:7}{ms:9.1f}{torch_ms:9.1f}{compiled:>9}{tokens / ms * 1e3:9,.0f}"
+                f"{name:3}{row['block']:6,d}{row['batch']:6d} {row['engine']:7}"
+                f"{ms:9.1f}{torch_ms:9.1f}{compiled:>9}{tokens / ms * 1e3:9,.0f}"
                 f"{tokens / torch_ms * 1e3:9,.0f}{row['ratio']:8.2f}{ratio:>8}{row['tinylm_mb']:8.0f}"
                 f"{row['torch_mb']:8.0f}{row['loss_difference']:11.0e}",
                 flush=True,
