@@ -135,7 +135,7 @@ def test_ops_with_targets(device, dtype):
     assert found(ops.dropout(x, 0.5), dtype, x) is None
 
 
-@pytest.mark.parametrize(("before", "after"), itertools.product(DTYPES, DTYPES))
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(DTYPES, DTYPES)))
 def test_cast(device, before, after):
     x = device.tensor(np.ones(2, before))
     assert x.to(after).dtype == ops.cast(x, np.dtype(after)).dtype == after

@@ -1,5 +1,6 @@
 """Rearranging: reshape, transpose, concatenate, split, index. Nothing here needs to save an array."""
 
+import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,17 @@ class Transpose(Moves):
         return dy.transpose(inverse)
 
 
+class SwapAxes(Moves):
+    axis1: int
+    axis2: int
+
+    def forward(self, x):
+        return x.swapaxes(self.axis1, self.axis2)
+
+    def backward(self, dy):
+        return dy.swapaxes(self.axis1, self.axis2)
+
+
 class Concatenate(Moves):
     promotes = slice(None)
     axis: int
@@ -61,7 +73,9 @@ class Split(Moves):
     def forward(self, x):
         if sum(self.sizes) != x.shape[self.axis]:
             raise ValueError(f"sizes {self.sizes} add up to {sum(self.sizes)}, not to {x.shape[self.axis]}")
-        return tuple(array_module(x).split(x, np.cumsum(self.sizes)[:-1].tolist(), axis=self.axis))
+        parts = x.swapaxes(0, self.axis)
+        ends = itertools.accumulate(self.sizes)
+        return tuple(parts[end - n : end].swapaxes(0, self.axis) for n, end in zip(self.sizes, ends, strict=True))
 
     def backward(self, *dys):
         return array_module(dys[0]).concatenate(dys, axis=self.axis)
@@ -125,12 +139,10 @@ def transpose(x: Any, *axes: Any) -> "Tensor":
 
 def swapaxes(x: Any, axis1: int, axis2: int) -> "Tensor":
     """Exchange two axes. Raises IndexError for an axis that x does not have."""
-    axes = list(range(x.ndim))
     for axis in (axis1, axis2):
         if not -x.ndim <= axis < x.ndim:
             raise IndexError(f"swapaxes: axis {axis} is out of range for a tensor of shape {x.shape}")
-    axes[axis1], axes[axis2] = axes[axis2], axes[axis1]
-    return permute(x, axes)
+    return SwapAxes.apply(x, axis1=axis1, axis2=axis2)
 
 
 def expand_dims(x: Any, axis: int | tuple[int, ...]) -> "Tensor":
