@@ -237,7 +237,7 @@ def cut(by):
 
 
 SIZE = 2 * len(TEXT)
-FOREIGN = "F/header.json is damaged, or not of tinylm"
+FOREIGN = "F/header.json is damaged, or was not written by tinylm"
 DAMAGES = {
     "no folder": (shutil.rmtree, "cannot read F/header.json: No such file or directory; python -m tinylm.data prepare"),
     "no header": (lambda f: (f / HEADER).unlink(), "cannot read F/header.json: No such file or directory"),
@@ -255,8 +255,8 @@ DAMAGES = {
     "vocabulary twice": (edited(vocabulary="aba"), FOREIGN),
     "vocabulary list": (edited(vocabulary=["a", "b"]), FOREIGN),
     "no fingerprint": (edited(sha256=None), FOREIGN),
-    "truncated": (cut(-1), f"F/tokens.bin has {SIZE - 1} bytes, but {SIZE} by its header: it is not whole"),
-    "too long": (cut(2), f"F/tokens.bin has {SIZE + 2} bytes, but {SIZE} by its header: it is not whole"),
+    "truncated": (cut(-1), f"F/tokens.bin has {SIZE - 1} bytes, but {SIZE} by its header: it is damaged"),
+    "too long": (cut(2), f"F/tokens.bin has {SIZE + 2} bytes, but {SIZE} by its header: it is damaged"),
     "emptied": (rewritten(TOKENS, b""), f"F/tokens.bin has 0 bytes, but {SIZE} by its header"),
     "wider": (edited(dtype="uint32"), f"F/tokens.bin has {SIZE} bytes, but {2 * SIZE} by its header"),
 }

@@ -253,7 +253,7 @@ def test_truth(device):
     assert device.tensor([1.0])
     assert not device.tensor(0)
     with pytest.raises(
-        ValueError, match=r"the truth of a tensor of shape \(2,\) is ambiguous; use \.any\(\) or \.all\(\)"
+        ValueError, match=r"the truth value of a tensor of shape \(2,\) is ambiguous; use \.any\(\) or \.all\(\)"
     ):
         bool(device.tensor([1.0, 2.0]))
     mixed = device.tensor([True, False])

@@ -1,8 +1,8 @@
-"""float16 for ops that are written for float32: widened going in, rounded coming out.
+"""float16 for ops that are written for float32: inputs are widened, results are rounded.
 
-A page computes in float32 or float64. Where one of its inputs is float16, `Op.apply` runs the class that `in_half`
-derives from it instead: inputs and dy come as float32; outputs, gradients and saved arrays are rounded to float16 once,
-as tensor cores do. An input that is saved is saved as it came, not as a copy. (Micikevicius et al., 2018.)
+An op computes in float32 or float64. If one of its inputs is float16, `Op.apply` runs the class that `in_half` derives
+from it instead: inputs and dy are widened to float32; outputs, gradients and saved arrays are rounded to float16 once,
+as tensor cores do. An input that is saved is saved itself, not as a copy. (Micikevicius et al., 2018.)
 """
 
 from collections.abc import Callable
@@ -21,13 +21,13 @@ FLOAT16 = np.dtype(np.float16)
 
 @cache
 def in_half(op: type["Op"]) -> type["Op"]:
-    """`op` for inputs of which some are float16; what it does with them, `op.half` says."""
+    """A subclass of `op` for float16 inputs; `op.half` says what is rounded."""
 
     def save(self: Any, *arrays: Any) -> None:
         super(Half, self).save(*(each(self.narrow, a) for a in arrays))
 
     def narrow(self: Any, a: Any) -> Any:
-        """An array as it is saved: an input as it came, statistics smaller than the inputs in float32."""
+        """The array to save: an input unchanged, statistics smaller than the inputs in float32, the rest rounded."""
         if id(a) in self.given:
             return self.given[id(a)][1]
         if not self.rounds or a.dtype != np.float32 or a.size < self.large:
@@ -39,14 +39,14 @@ def in_half(op: type["Op"]) -> type["Op"]:
         self.given = {id(wide): (wide, a) for wide, a in zip(came, arrays, strict=True) if is_array(wide)}
         self.large = max(a.size for a in arrays if is_array(a))
         self.dtypes = [getattr(a, "dtype", None) for a in arrays]
-        # The first floating input decides; a loss stays in float32, and so does what it saves.
+        # The first floating input decides; a loss, and what it saves, stay in float32.
         first = next(dtype for dtype in self.dtypes if dtype is not None and dtype.kind == "f")
         self.rounds = op.half == "rounded" and first == FLOAT16
         y = super(Half, self).forward(*came)
         if self.rounds:
             self.large = 0
             y = each(self.narrow, y)
-        del self.given  # or the float32 arrays would live until backward
+        del self.given  # otherwise the float32 arrays would live until backward
         return y
 
     def backward(self: Any, *dys: Any) -> Any:
@@ -63,7 +63,7 @@ def in_half(op: type["Op"]) -> type["Op"]:
 
 
 def each(function: Callable[[Any], Any], x: Any) -> Any:
-    """`function` of every array (and NumPy scalar) in a nest of tuples and lists."""
+    """Apply `function` to every array (and NumPy scalar) in nested tuples and lists."""
     if isinstance(x, tuple | list):
         return type(x)(each(function, y) for y in x)
     if isinstance(x, np.generic):
