@@ -183,7 +183,7 @@ def test_help_tells_every_default(tmp_path):
     text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
     blocks = [" ".join(block.split()) for block in re.findall(r"^  (--.+(?:\n {9}.+)*)", text, re.M)]
     assert {block.split()[0]: re.findall(r"\(default: (.*?)\)", block) for block in blocks} == {
-        "--run": ["runs/char"], "--prompt": ["a line break"], "--tokens": ["500"], "--stop": ["nothing ends it early"],
+        "--run": ["runs/char"], "--prompt": ["a line break"], "--tokens": ["500"], "--stop": ["none"],
         "--device": ["cpu"], "--temperature": ["0.8"], "--greedy": [], "--top-k": ["all"], "--top-p": ["1.0"],
         "--seed": ["0"],
     }  # fmt: skip
