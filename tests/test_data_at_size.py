@@ -1,4 +1,4 @@
-"""Text larger than memory: prepared in pieces, opened with care, trained on where it lies."""
+"""Text larger than memory: prepared in pieces, checked when opened, memory-mapped for training."""
 
 import errno
 import functools
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_what_was_there(fails, prepared, tmp_path, monkeypatc
     assert not (tmp_path / "new").exists()
     if fails < 3:
         assert content(prepared) == before
-    else:  # between the names: no header beside another's tokens
+    else:  # between the two renames: there must be no header beside the tokens of another text
         assert content(prepared).get(HEADER) is None
 
 
@@ -336,7 +336,7 @@ def test_a_look_lets_go_of_the_pages_of_earlier_looks(tmp_path):
         get_batch(tokens, 12, 64, 0, step)
     assert resident(path) < 8 << 10  # the last batch's windows, and what the kernel maps around them
     np.asarray(tokens).max()
-    assert resident(path) == 32 << 10  # that is how it would be
+    assert resident(path) == 32 << 10  # without releasing pages
 
 
 AT_SIZE = """
@@ -370,7 +370,7 @@ print("peak", peak_mb())
 @LINUX
 @pytest.mark.slow
 def test_two_gigabytes_are_trained_on_in_300_mb(tmp_path):
-    """2 GB of text in Greek, two bytes a letter, become 2 GB of tokens."""
+    """2 GB of Greek text, two bytes per letter, become 2 GB of tokens."""
     if shutil.disk_usage(tmp_path).free < 6e9:
         pytest.skip("needs 6 GB on the disk")
     letters = np.array(list("αβγδεζηθικλμνξοπρστυφχψω ,.\n"))

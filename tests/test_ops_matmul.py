@@ -96,7 +96,7 @@ def test_float16_gradients_of_linear_are_summed_in_float32(device):
 
 
 def test_mixed_dtypes(device):
-    """What NumPy promotes is promoted, and each gradient returns in its input's dtype."""
+    """Dtypes are promoted as in NumPy, and each gradient has its input's dtype."""
     a, b = device.leaf(normal(2, 3), np.float32), device.leaf(normal(3, 2), np.float64)
     y = a @ b
     assert y.dtype == np.float64
