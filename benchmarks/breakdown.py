@@ -2,11 +2,11 @@
 
     python benchmarks/breakdown.py [--config S M] [--steps N] [--json FILE]
 
-The forward and backward of every op are timed while a step runs, with NumPy alone and with the best engines, in turn,
-in one thread with one BLAS thread, which is how each worker of a step works. What the step takes beyond its ops and its
-optimizer is the tape: recording, walking back, adding gradients up, the modules' Python.
+The forward and backward of every op are timed while a step runs, alternately with NumPy alone and with the best
+engines, in one thread with one BLAS thread, like a worker of a step. The rest of the step's time, beyond its ops and
+its optimizer, is the tape: recording, walking back, adding gradients up, the modules' Python.
 
-(It is not called profile.py because a script's folder comes first on Python's path, and would hide the library's own.)
+(It is not called profile.py: a script's folder comes first on Python's path, and would hide the standard library's.)
 """
 
 from collections import Counter
@@ -41,7 +41,7 @@ def part_of(op: str) -> str:
 
 
 class Stopwatch:
-    """Adds up the seconds of calls by name. A call within a call, such as a twin's to its reference, counts once."""
+    """Sums the seconds of calls by name. A nested call, such as a twin's to its reference, counts once."""
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -64,7 +64,7 @@ class Stopwatch:
 
     @contextmanager
     def watch_ops(self) -> Iterator[None]:
-        """Time the two halves of every op there is, a twin's under the name of its reference."""
+        """Time forward and backward of every op, a twin's under the name of its reference."""
         with ExitStack() as patches:
             for op in subclasses(Op):
                 for half in {"forward", "backward"} & vars(op).keys():

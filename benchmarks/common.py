@@ -1,4 +1,4 @@
-"""What the benchmarks share: the rival's model, timing in turn, the table, the JSON file."""
+"""Shared by the benchmarks: the model in PyTorch, alternating timing, the table, the JSON file."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ ENGINES = {  # what a set of tinylm's engines is called here: the engines that i
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    """A parser with what every benchmark takes; its description is the first line of `doc`."""
+    """A parser with the options of every benchmark; its description is the first line of `doc`."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument(
         "--quick", action="store_true", help="tiny settings, to see that it runs; the figures say little"
@@ -53,16 +53,16 @@ def installed() -> list[str]:
 
 
 def compared() -> list[str]:
-    """What most benchmarks compare: tinylm with nothing but NumPy, and with the best that is installed."""
+    """The sets that most benchmarks compare: tinylm with only NumPy, and with the best engines installed."""
     return list(dict.fromkeys(("numpy", installed()[-1])))
 
 
 def in_turn(
     runs: dict[str, Callable[[], Any]], rounds: int, warmup: int = 1, clock: Callable[[], float] = perf_counter
 ) -> dict[str, list[float]]:
-    """The seconds that each of `runs` took in each of `rounds`, after rounds that do not count.
+    """The seconds that each of `runs` took in each of `rounds`, after warmup rounds that do not count.
 
-    One after the other, again and again: a machine that slows down or is shared slows all of them.
+    The runs alternate, so that a machine that slows down or is shared slows all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(warmup + rounds):

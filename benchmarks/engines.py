@@ -1,14 +1,14 @@
-"""What each set of engines buys, from composed ops to compiled loops: time, memory, ops on the tape.
+"""Compare the sets of engines, from composed ops to compiled loops: time, memory, ops on the tape.
 
     python benchmarks/engines.py [--config S M L] [--threads N] [--steps N] [--json FILE]
 
-All sets that are installed train the same weights on the same batch in one process, one step of the one after one step
-of the other. The fastest step counts: what else runs on a machine can only slow a step down. A gain is how many times
+All sets that are installed train the same weights on the same batch in one process, with alternating steps. The
+fastest step counts, because other programs can only slow a step down. A gain is how many times
 faster a set is than the one above it. Activations at the tape's peak, and the ops that it recorded, are those of the
 whole batch in one thread: exact, the same on every machine.
 
-S and M are those of train_step.py. L has the layers of S and the tokens of M, in blocks of 1,024: there attention is
-what costs.
+S and M are those of train_step.py. L has the layers of S and the tokens of M, in blocks of 1,024: there attention
+takes most of the time.
 """
 
 import statistics

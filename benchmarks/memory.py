@@ -1,10 +1,10 @@
-"""What each technique for training beyond one's memory saves, and what it costs.
+"""How much memory each memory-saving technique saves, and how much time it costs.
 
     python benchmarks/memory.py [--config S M] [--engine NAME] [--steps N] [--json FILE]
 
-Every mode trains in a process of its own, so that the peak of its resident memory is its own; a few steps of one mode,
-then a few of the next, round after round, so that a machine that slows down or is shared slows all of them alike.
-`none` keeps all activations in float32 and forms all logits; each other row switches on what it is called by:
+Every mode trains in its own process, so that its peak of resident memory can be measured. The modes alternate, a few
+steps each, so that a machine that slows down or is shared slows all of them equally.
+`none` keeps all activations in float32 and forms all logits; each other row switches on what its name says:
 
     float16         autocast and GradScaler (on a CPU emulated: it saves memory, not time)
     recompute       the activations of every --recompute blocks are computed again in backward
@@ -70,7 +70,7 @@ class TwoOps(GPT):
         return ops.cross_entropy(self(ids), targets)
 
 
-# --- in a mode's own process --------------------------------------------------------------------------------------
+# --- in the process of a mode -------------------------------------------------------------------------------------
 
 Work = Iterator[float | None]  # one step for each item, and the validation loss where the last step measured it
 
@@ -98,7 +98,7 @@ def training(config: Config, mode: str, steps: int, recompute: int, seed: int) -
 
 
 def losses(chunked: bool) -> tuple[Work, float]:
-    """The output layer and the loss of a real vocabulary, forward and backward, again and again."""
+    """The output layer and the loss with a real vocabulary, forward and backward, repeated."""
     numbers = np.random.default_rng(0)
     N, C, V = LARGE["tokens"], LARGE["n_embd"], LARGE["vocab_size"]
     hidden = Tensor(numbers.standard_normal((N, C), np.float32), requires_grad=True)
@@ -124,7 +124,7 @@ def losses(chunked: bool) -> tuple[Work, float]:
 
 
 def serve(make: Callable[[], tuple[Work, float]], clock: Callable[[], float]) -> None:
-    """Read from standard input how many steps to do, and tell in JSON what they took; tell the figures at its end."""
+    """Read numbers of steps from standard input, print their seconds as JSON, and at the end the figures."""
     keep_freed_memory()
     work, activation_mb = make()
     loss = None
@@ -138,7 +138,7 @@ def serve(make: Callable[[], tuple[Work, float]], clock: Callable[[], float]) ->
     print(json.dumps({"activation_mb": activation_mb, "peak_mb": peak_rss() / 1e6, "val_loss": loss}))
 
 
-# --- the one that asks them ---------------------------------------------------------------------------------------
+# --- in the main process ------------------------------------------------------------------------------------------
 
 
 class Worker:
@@ -229,7 +229,7 @@ def main() -> None:
         with common.engine(args.engine):
             return serve(make, CLOCKS[args.clock])
 
-    # What has to be compiled is compiled here: once, and not in the workers, whose peaks it would raise.
+    # Compile here, once, and not in the workers, where it would raise their peak memory.
     shape = train_step.CONFIGS["S"][0]
     train_step.make_step(args.engine, shape, 1, threads=1)(*train_step.batch(shape, 1, 0))
     shared = [f"--engine={args.engine}", f"--clock={args.clock}", f"--seed={args.seed}"]

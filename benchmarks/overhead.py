@@ -1,11 +1,11 @@
-"""Microseconds an op costs in tinylm and in PyTorch, forward and backward together, where the arrays are tiny.
+"""Microseconds per op in tinylm and in PyTorch, forward and backward together, on tiny arrays.
 
     python benchmarks/overhead.py [--length N] [--rounds N] [--json FILE]
 
-Chains of one op on arrays of 1 and of 4 x 4 numbers, where an op's time is the tape's: taking the inputs, recording,
-walking back, handing gradients on. Nothing is subtracted; beside it stand what NumPy needs for the same arithmetic
-without a tape, and the difference. Both libraries use one core, in turn; the figure is the fastest round's processor
-time, since what else runs on a machine can only slow a round down.
+Chains of one op on arrays of 1 and of 4 x 4 numbers, where most of an op's time is the tape's: checking inputs,
+recording, walking back, summing gradients. The table shows the whole time, NumPy's time for the same arithmetic
+without a tape, and the difference. Both libraries alternate on one core; the figure is the fastest round's processor
+time, because other programs can only slow a round down.
 """
 
 from collections.abc import Callable

@@ -2,9 +2,9 @@
 
     python benchmarks/scaling.py [--config S M] [--tokens N] [--steps N] [--json FILE]
 
-First the block grows from 64 to 1,024 tokens while the tokens of a step stay as many, so that only attention grows;
+First the block grows from 64 to 1,024 tokens at a constant number of tokens per step, so that only attention grows;
 then the batch grows from 1 to 64 sequences of 64 tokens. The two libraries take their steps in turn, and the fastest
-counts: what else runs on a machine can only slow a step down.
+counts, because other programs can only slow a step down.
 
 Model-FLOPs utilisation is the share of the machine's measured peak that goes into the arithmetic that the model needs:
 for one token, forward and backward, 6 N for the weights and 12 L C T for attention (Chowdhery et al., 2022, PaLM,
@@ -39,7 +39,7 @@ def peak_flops(size: int, rounds: int = 15) -> float:
 
 
 def flops_a_token(config: GPTConfig, causal: bool) -> float:
-    """What the model needs for one token of a training step, forward and backward; recomputation would not count."""
+    """Floating-point operations of the model per token of a training step, without recomputation."""
     weights = GPT(config).num_parameters() - config.block_size * config.n_embd
     T = (config.block_size + 1) / 2 if causal else config.block_size  # keys a query has
     return 6 * weights + 12 * config.n_layer * config.n_embd * T

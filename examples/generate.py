@@ -1,4 +1,4 @@
-"""Let a trained model write: it goes on from a prompt, character by character as they come.
+"""Generate text with a trained model: it continues a prompt, character by character.
 
 python examples/generate.py --run runs/char --prompt "The "
 python examples/generate.py --prompt "The " --temperature 0.7 --top-p 0.95 --stop "."
@@ -22,7 +22,7 @@ def main() -> None:
         fused.load(tell=lambda message: None)
         prompt = encode(vocabulary, text, "--prompt")
         if args.stop is not None:
-            encode(vocabulary, args.stop, "--stop")  # what the model cannot write would never stop it
+            encode(vocabulary, args.stop, "--stop")  # the model must be able to write it
         tokens = model.stream(
             to_device(prompt[None], args.device),
             args.tokens,
@@ -44,18 +44,16 @@ def main() -> None:
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"after {len(written)} characters") from None
     finally:
-        print()  # whatever comes next on the terminal begins a line of its own
+        print()  # so that the next output starts on a new line
 
 
 def options() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser("Let a trained model go on from a prompt.")
+    parser = cli.Parser("Generate text: a trained model continues a prompt.")
     parser.add_argument("--run", metavar="DIR", default="runs/char", help="folder of the run that trained the model")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to go on from (default: a line break)")
+    parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: a line break)")
     parser.add_argument("--tokens", metavar="N", type=cli.at_least(0), default=500, help="characters to write at most")
-    parser.add_argument(
-        "--stop", metavar="TEXT", help="end as soon as this was written (default: nothing ends it early)"
-    )
+    parser.add_argument("--stop", metavar="TEXT", help="stop as soon as this text was written (default: none)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
 
     choice = parser.add_argument_group("choice of the next character")
@@ -64,21 +62,21 @@ def options() -> cli.Parser:
         metavar="X",
         type=cli.at_least(0, float),
         default=0.8,
-        help="above 1 bolder than the model, below 1 more careful",
+        help="above 1: more random than the model; below 1: less random",
     )
     choice.add_argument(
         "--greedy", dest="temperature", action="store_const", const=0.0, help="always the likeliest: --temperature 0"
     )
-    choice.add_argument("--top-k", metavar="N", type=cli.at_least(1), help="one of the N likeliest (default: all)")
+    choice.add_argument("--top-k", metavar="N", type=cli.at_least(1), help="keep only the N likeliest (default: all)")
     choice.add_argument(
-        "--top-p", metavar="P", type=float, default=1.0, help="one of the fewest that have probability P together"
+        "--top-p", metavar="P", type=float, default=1.0, help="choose among the fewest that together have probability P"
     )
-    choice.add_argument("--seed", metavar="N", type=int, default=0, help="of the dice: another seed, another text")
+    choice.add_argument("--seed", metavar="N", type=int, default=0, help="random seed: another seed gives another text")
     return parser
 
 
 def encode(vocabulary: Vocabulary, text: str, flag: str) -> np.ndarray:
-    """Token ids of a flag's text. Raises ValueError that names the flag, and the characters the model never saw."""
+    """Token ids of a flag's text. Raises ValueError that names the flag and the characters outside the vocabulary."""
     if not text:
         raise ValueError(f"{flag} is empty")
     try:

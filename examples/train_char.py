@@ -1,10 +1,10 @@
-"""Train a character-level GPT from scratch, on any text, with nothing but tinylm.
+"""Train a character-level GPT from scratch, on any text.
 
     python examples/train_char.py                    # two minutes on a laptop
     python examples/train_char.py --data novel.txt
-    python examples/train_char.py --resume           # go on where Ctrl-C, or a power cut, ended it
+    python examples/train_char.py --resume           # continue after Ctrl-C or a power cut
 
-Without --data it learns to write like the reference of the Python language, which comes with every Python.
+Without --data it trains on the Python language reference, which comes with every Python.
 """
 
 import io
@@ -35,7 +35,7 @@ def main() -> None:
         run = Run(args.out)
         resuming = args.resume and run.exists()
         before = run.config() if resuming else {}
-        # What is not said again stays as it was.
+        # Flags that are not given again keep their values.
         parser.set_defaults(**{name: value for name, value in before.items() if name in args})
         args = parser.parse_args()
 
@@ -55,7 +55,7 @@ def main() -> None:
             raise ValueError(
                 f"{args.out} holds a run: --resume goes on with it, --overwrite replaces it, or choose --out"
             )
-        writable_folder(args.out)  # last: a mistake leaves nothing behind
+        writable_folder(args.out)  # last, so that a mistake creates no folder
         if resuming:
             run.resume(state, vocabulary, data, tell=print)
             cli.tell_changes(before, now, state.step)
@@ -94,7 +94,7 @@ def main() -> None:
 
     if state.step < config.steps:
         print(f"stopped     after step {state.step}: no better validation loss in {config.early_stop} evaluations")
-    if state.val_loss is None:  # resumed with fewer steps than it has had
+    if state.val_loss is None:  # resumed with fewer steps than were already done
         state.val_loss = evaluate(model, val_tokens, config.batch_size)
     summary = summarise(state, run, now)
     print(f"validation  loss {summary['val_loss']:.4f}, perplexity {summary['perplexity']:.3f}, ", end="")
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def read_data(path: str | None) -> tuple[np.ndarray, Vocabulary, str]:
-    """(tokens, vocabulary, fingerprint) of a text file, of a folder of prepared tokens, or without either."""
+    """(tokens, vocabulary, fingerprint) of a text file, a folder of prepared tokens, or the default text for None."""
     if path is not None and Path(path).is_dir():
         return open_tokens(path)
     text = language_reference() if path is None else read_text(path)
@@ -123,13 +123,13 @@ def read_data(path: str | None) -> tuple[np.ndarray, Vocabulary, str]:
 
 def options() -> cli.Parser:
     """The command line."""
-    parser = cli.Parser("Train a character-level GPT from scratch on a text, and let it write.")
+    parser = cli.Parser("Train a character-level GPT from scratch on a text, and generate a sample.")
 
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",
         metavar="PATH",
-        help="a text in UTF-8, or a folder that `python -m tinylm.data prepare` made of texts larger than memory "
+        help="a text in UTF-8, or a folder made by `python -m tinylm.data prepare` from texts larger than memory "
         "(default: Python's own language reference)",
     )
 
@@ -138,9 +138,9 @@ def options() -> cli.Parser:
         GPTConfig,
         block_size="the longest context, in characters",
         n_layer="transformer blocks",
-        n_head="attention heads in each; they divide --n-embd",
+        n_head="attention heads in each; the number must divide --n-embd",
         n_embd="channels: the width of the model",
-        dropout="share of the activations dropped in training; helps where a large model meets a short text",
+        dropout="share of the activations dropped in training; helps a large model on a short text",
         bias="biases in the linear layers and the layer norms",
         recompute="recompute the activations of every N blocks in backward: less memory, more time; 0: keep them all",
     )
@@ -157,10 +157,10 @@ def options() -> cli.Parser:
         beta1="AdamW's decay of the mean gradient",
         beta2="AdamW's decay of the mean squared gradient",
         weight_decay="AdamW's pull of the matrices towards zero",
-        clip="largest norm of the gradient, longer ones are shortened to it; 0: no limit",
+        clip="largest norm of the gradient, larger ones are scaled down to it; 0: no limit",
         eval_every="steps between two validations; 0: only at the end",
-        eval_tokens="validate on so many characters, from the start of the last tenth; 0: on all of it",
-        early_stop="stop after so many validations without a better one; 0: never",
+        eval_tokens="validate on this many characters, from the start of the last tenth; 0: on all of it",
+        early_stop="stop after this many validations without a better one; 0: never",
         threads="threads that share each batch's sequences",
         dtype="of the activations: float32, or float16 with loss scaling (on a CPU: half the memory, but slower)",
         seed="of the initial weights, the batches, the dropout and the sample",
@@ -170,7 +170,7 @@ def options() -> cli.Parser:
         "--engine",
         nargs="+",
         choices=("composed", "reference", *fused.ENGINES),
-        help="what computes: faster engines, the first one first, or `reference`, the readable pages of tinylm/ops "
+        help="which engines compute, in order of preference, or `reference`, the readable ops of tinylm/ops "
         "(default: all engines that are installed)",
     )
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
@@ -178,7 +178,7 @@ def options() -> cli.Parser:
     output = parser.add_argument_group("output")
     output.add_argument("--out", metavar="DIR", default="runs/char", help="the run's folder")
     again = output.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", default=None, help="go on with the run in --out")
+    again.add_argument("--resume", action="store_true", default=None, help="continue the run in --out")
     again.add_argument("--overwrite", action="store_true", default=None, help="replace the run in --out")
     output.add_argument(
         "--save-every",
@@ -188,10 +188,10 @@ def options() -> cli.Parser:
         help="steps between two checkpoints; 0: the best only",
     )
     output.add_argument(
-        "--keep-last", metavar="K", type=cli.at_least(1), default=2, help="newest checkpoints to keep, beside the best"
+        "--keep-last", metavar="K", type=cli.at_least(1), default=2, help="newest checkpoints to keep, besides the best"
     )
     output.add_argument(
-        "--sample-tokens", metavar="N", type=cli.at_least(0), default=500, help="characters that it writes at the end"
+        "--sample-tokens", metavar="N", type=cli.at_least(0), default=500, help="characters to generate at the end"
     )
     output.add_argument(
         "--temperature", metavar="X", type=cli.at_least(0, float), default=0.8, help="0: always the likeliest character"
@@ -203,14 +203,14 @@ def options() -> cli.Parser:
 
 
 def summarise(state: TrainState, run: Run, config: dict) -> dict:
-    """What summary.json holds."""
+    """The content of summary.json."""
     return {
         "val_loss": state.val_loss,
         "best_val_loss": state.best_val_loss,
         "perplexity": math.exp(min(state.val_loss, 700)),
         "bits_per_character": state.val_loss / math.log(2),
         "steps": state.step,
-        "seconds": run.seconds,  # of training, over all its resumptions; evaluation is not counted
+        "seconds": run.seconds,  # of training, over all resumptions, without evaluation
         "tokens_per_second": run.tokens / run.seconds,
         "parameters": state.model.num_parameters(),
         "config": config,
@@ -218,7 +218,7 @@ def summarise(state: TrainState, run: Run, config: dict) -> dict:
 
 
 def sample(model: GPT, vocabulary: Vocabulary, args: Namespace, n_tokens: int) -> str:
-    """What the model writes after a line break."""
+    """Text that the model generates after a line break."""
     start = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
     ids = to_device(vocabulary.encode(start)[None], args.device)
     ids = model.generate(ids, n_tokens, args.temperature, args.top_k, args.seed)

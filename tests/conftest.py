@@ -18,7 +18,7 @@ from helpers import Device
 
 from tinylm import engines, fused, random
 
-# The same examples in every run, and no time limit on one: a test that fails has found something.
+# The same examples in every run, without a time limit, so that failures are reproducible.
 hypothesis.settings.register_profile(
     "tinylm",
     derandomize=True,
@@ -36,7 +36,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background: Ctrl-C is tested all the same
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # started in the background; the tests of Ctrl-C need it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if config.getoption("--device") == "cuda":
         try:
@@ -68,7 +68,7 @@ def device(request, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _seeded():
-    """No test depends on how many random numbers the ones before it drew."""
+    """Seed the random streams, so that no test depends on the tests before it."""
     random.seed(0)
 
 

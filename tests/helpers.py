@@ -60,7 +60,7 @@ def positive(*shape, seed=0):
 
 
 def distinct(*shape, seed=0):
-    """Numbers at least 0.1 apart and away from 0: no ties, no kinks within reach of a finite difference."""
+    """Numbers at least 0.1 apart and away from 0: no ties or kinks that would disturb finite differences."""
     n = int(np.prod(shape))
     return (random.generator(seed, *shape).permutation(n).reshape(shape) - n // 2 + 0.5) / 4
 

@@ -3,11 +3,11 @@
 tinylm asks `array_module(x)` for the module of an array and takes whatever answers to the name cupy. With `module` in
 its place (`sys.modules["cupy"]`), the whole code for the GPU runs on the CPU, and fails where it
 
-- makes a NumPy array of a device array by the back door, or hands one to a NumPy function or ufunc,
+- converts a device array to a NumPy array implicitly, or passes one to a NumPy function or ufunc,
 - indexes with, writes from, or computes with an array that is still on the host,
 - calls a function, a method or a keyword that CuPy does not have (`FUNCTIONS` and `METHODS` list what it has of what
   tinylm may need; the keywords are those of CuPy 14),
-- relies on NumPy's habit of returning scalars: here, as in CuPy, whatever has no axes left is an array of shape ().
+- relies on NumPy returning scalars: here, as in CuPy, a result without axes is an array of shape ().
 
 In one thing it is stricter than CuPy, which would convert silently: NumPy functions, NumPy scalars and lists of indices
 are refused too, because each costs a copy between host and device.
@@ -74,7 +74,7 @@ CONSTANTS = (
 
 
 class ndarray:
-    """One array on the pretended device; `host` is the NumPy array that holds its numbers."""
+    """One array on the simulated device; `host` is the NumPy array that holds its values."""
 
     def __init__(self, host: np.ndarray):
         self.host = host
@@ -150,7 +150,7 @@ class ndarray:
 
 
 def _operand(x: Any, where: str) -> Any:
-    """What an operator or function may be given, as NumPy takes it."""
+    """An argument of an operator or function, checked and converted for NumPy."""
     if isinstance(x, ndarray):
         return x.host
     if isinstance(x, np.ndarray | np.generic):
@@ -169,7 +169,7 @@ def _host_key(key: Any) -> tuple[Any, ...]:
 
 
 def _device(y: Any, *given: Any) -> Any:
-    """NumPy's result as device arrays; where it is one of the arrays `given`, that very object."""
+    """NumPy's result as device arrays; if it is one of the arrays `given`, the same object."""
     for x in given:
         if isinstance(x, ndarray) and y is x.host:
             return x
@@ -233,7 +233,7 @@ for _name in CONSTANTS.split():
 
 
 def _from_host(name: str) -> Callable[..., ndarray]:
-    """cupy.asarray and cupy.array: the way from the host to the device, always with memory of its own on the device."""
+    """cupy.asarray and cupy.array: copy from the host to the device, always into new memory."""
     between_devices = getattr(module, name)
 
     def call(x: Any, *args: Any, **kwargs: Any) -> ndarray:

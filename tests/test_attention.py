@@ -42,7 +42,7 @@ def test_attention(device, B, H, T, more, D):
 
 @given(T=st.integers(1, 7), more=st.integers(0, 3), block=st.integers(1, 3))
 def test_small_blocks(device, T, more, block):
-    """The same, with many blocks of which the last may be ragged."""
+    """The same, with many blocks; the last may be shorter."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocked, "QUERIES", block)
         check(device, ops.causal_attention, torch_attention, *qkv(1, 2, T, T + more, 2))
@@ -59,7 +59,7 @@ def test_values_of_another_size(device):
 
 
 def test_one_query_on_cached_keys(device):
-    """Generation: the last row of the whole, computed alone."""
+    """As in generation: the last row of the full attention, computed alone."""
     q, k, v = (device.tensor(x) for x in qkv(2, 2, 70, 70, 4))
     whole = host(ops.causal_attention(q, k, v))
     for n in (1, 5, 66):
@@ -235,7 +235,7 @@ def test_a_spoilt_future_key_does_not_reach_earlier_queries(device, spoil):
 
 @pytest.mark.parametrize("S", [3, 0])
 def test_without_queries(device, S):
-    """Nothing to compute: zeros as gradients, not what lay in memory."""
+    """Nothing to compute: the gradients are zeros, not uninitialised memory."""
     junk = [np.full((1, 2, max(S, 1), 8), 7.0) for _ in range(20)]  # what numpy.empty may hand out next
     del junk
     q, k, v = (device.leaf(normal(1, 2, n, d)) for n, d in ((0, 2), (S, 2), (S, 2)))
@@ -254,7 +254,7 @@ def test_errors(device):
         return ops.causal_attention(*(device.tensor(np.zeros(shape), np.float32) for shape in (q, k, v)), **kwargs)
 
     name = rf"CausalAttention.forward\(\(1, 2, 5, 4\) float32 {device.name}, "
-    with pytest.raises(ValueError, match="5 queries for 3 keys: the last query stands at the last key[^$]*" + name):
+    with pytest.raises(ValueError, match="5 queries for 3 keys: the last query is at the position[^$]*" + name):
         attend((1, 2, 5, 4), (1, 2, 3, 4), (1, 2, 3, 4))
     for k, v in (((2, 2, 5, 4),) * 2, ((1, 2, 5, 3),) * 2, ((1, 2, 5, 4), (1, 2, 6, 4)), ((1, 2, 5, 4), (1, 1, 5, 4))):
         with pytest.raises(ValueError, match="q, k and v must agree in batch and heads[^$]*" + name):

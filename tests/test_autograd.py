@@ -1,4 +1,4 @@
-"""The tape: what it adds up, whom it leaves alone, what it lets go of."""
+"""The tape: sums of gradients, ownership of arrays, errors, recording, threads, and release of memory."""
 
 import copy
 import gc
@@ -18,7 +18,7 @@ from tinylm.optim import AdamW
 
 
 def leaf(*shape, seed=0, dtype=np.float64):
-    """A leaf of random numbers that wants a gradient; a scalar without `shape`."""
+    """A leaf of random numbers that requires a gradient; a scalar without `shape`."""
     return tensor(np.asarray(np.random.default_rng(seed).standard_normal(shape), dtype), requires_grad=True)
 
 
@@ -39,7 +39,7 @@ class Twice(Op):
 
 
 class Pass(Op):
-    """The identity, written so that its output, its input and both gradients are one and the same array."""
+    """The identity, whose output and gradient are the same array objects as its input and dy."""
 
     def forward(self, x):
         return x
@@ -83,7 +83,7 @@ def test_gradients_add_up_as_in_pytorch(graph):
 
 
 def test_random_graphs_agree_with_pytorch():
-    """Thirty graphs of forty ops each on operands drawn from all that came before: every pattern of sharing."""
+    """Thirty graphs of forty ops each, with operands drawn from all earlier results: many patterns of sharing."""
     binary = [lambda a, b: a + b, lambda a, b: a * b, lambda a, b: a - b]
     unary = [lambda a, b: a.tanh(), lambda a, b: a.reshape(-1).reshape(2, 3), lambda a, b: a * 0.5, lambda a, b: -a]
     for seed in range(30):
@@ -201,7 +201,7 @@ def test_deep_graphs_are_deleted_at_once_without_recursion(walked):
 
 
 def test_a_deep_ladder_is_walked_once_a_node():
-    """2^200 paths lead from the loss to the leaf: only a walk that sums first and goes down once ends."""
+    """2^200 paths lead from the loss to the leaf: backward must sum the gradients and visit each node once."""
     a = leaf()
     y = a
     for _ in range(200):
@@ -616,7 +616,7 @@ def test_recording_is_per_thread():
 
 
 def test_one_decorated_function_in_two_threads_restores_each_threads_own_state():
-    """What the decorator found must not be handed to whichever thread leaves first."""
+    """The decorator must not restore one thread's state in another thread."""
     meet = threading.Barrier(2, timeout=10)
 
     @no_grad()
@@ -658,7 +658,7 @@ def test_two_threads_each_run_a_tape_of_their_own():
 
 @pytest.fixture
 def no_collector():
-    """With the garbage collector off, only what is in no reference cycle goes away."""
+    """With the garbage collector off, only objects outside reference cycles are freed."""
     gc.collect()
     gc.disable()
     yield
@@ -708,7 +708,7 @@ def test_outputs_that_nobody_holds_are_not_kept_alive_by_the_graph():
 @pytest.mark.usefixtures("no_collector")
 @pytest.mark.parametrize("outputs_held", [True, False])
 def test_memory_falls_while_backward_walks(outputs_held):
-    """When a node's backward runs, what the newer nodes saved is gone already, and so are their gradients."""
+    """When a node's backward runs, the saved arrays and gradients of newer nodes are already released."""
     alive = []
     saved, grads = [], []
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, from the root of the repository, and count what they say. None of their times is tested."""
+"""The benchmarks run from the root of the repository, and their counts are correct. Their times are not tested."""
 
 import copy
 import json

@@ -1,4 +1,4 @@
-"""Half precision, recomputation, accumulation and dropout in one run: they train together, and go on bit for bit."""
+"""Half precision, recomputation, accumulation and dropout in one run: it trains, and resumes bit for bit."""
 
 import json
 import os
@@ -26,7 +26,7 @@ ALL = {"dtype": "float16", "accumulate": 2}
 
 
 def start(recompute=1, scale=None, **config):
-    """A run's beginning; with `scale`, a loss scale at which the first steps overflow."""
+    """The initial state of a run; with `scale`, a loss scale at which the first steps overflow."""
     random.seed(3)
     model = GPT(GPTConfig(len(VOCABULARY), **SIZES, recompute=recompute))
     state = TrainState(model, TrainConfig(**{**CONFIG, **ALL, **config}))
@@ -36,19 +36,19 @@ def start(recompute=1, scale=None, **config):
 
 
 def steps(state, n=None):
-    """What the next `n` steps (all of them) do."""
+    """The results of the next `n` steps (default: all)."""
     running = train(state, TOKENS, TOKENS[:60])
     return [(s.step, s.loss, s.lr, s.grad_norm, s.val_loss, s.loss_scale) for s in islice(running, n)]
 
 
 def all_of(state):
-    """Everything that a run depends on, as bytes."""
+    """The whole state of a run, as bytes."""
     arrays = {**state.model.state_dict(), **state.optimizer.arrays()}
     return {name: a.tobytes() for name, a in arrays.items()}, state.optimizer.steps(), state.scaler.state_dict()
 
 
 def test_together_they_learn_as_none_of_them_does():
-    """The same losses to a hundredth as in float32, all activations kept, the batch in one piece."""
+    """The losses agree to 0.01 with float32, all activations kept, and the batch in one piece."""
     together = steps(start(steps=40))
     plain = steps(start(steps=40, recompute=0, dtype="float32", accumulate=1))
     assert together[-1][1] < together[0][1] - 0.5
@@ -67,7 +67,7 @@ def test_accumulated_in_micro_batches_with_dropout_and_recomputation(accumulate)
 
 
 def test_together_they_save_what_each_of_them_saves():
-    """Of the activations float16 takes a half, two micro-batches a half of that, and recomputation a half of that."""
+    """float16 halves the activations; two micro-batches halve that again, and so does recomputation."""
 
     def peak(**config):
         state = start(**{"batch_size": 8, "lr": 0.0, **config})

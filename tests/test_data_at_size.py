@@ -1,4 +1,4 @@
-"""Text larger than memory: prepared in pieces, opened with care, trained on where it lies."""
+"""Text larger than memory: prepared in pieces, checked when opened, memory-mapped for training."""
 
 import errno
 import functools
@@ -198,7 +198,7 @@ def test_a_full_disk_leaves_what_was_there(fails, prepared, tmp_path, monkeypatc
     assert not (tmp_path / "new").exists()
     if fails < 3:
         assert content(prepared) == before
-    else:  # between the names: no header beside another's tokens
+    else:  # between the two renames: there must be no header beside the tokens of another text
         assert content(prepared).get(HEADER) is None
 
 
@@ -237,7 +237,7 @@ def cut(by):
 
 
 SIZE = 2 * len(TEXT)
-FOREIGN = "F/header.json is damaged, or not of tinylm"
+FOREIGN = "F/header.json is damaged, or was not written by tinylm"
 DAMAGES = {
     "no folder": (shutil.rmtree, "cannot read F/header.json: No such file or directory; python -m tinylm.data prepare"),
     "no header": (lambda f: (f / HEADER).unlink(), "cannot read F/header.json: No such file or directory"),
@@ -255,8 +255,8 @@ DAMAGES = {
     "vocabulary twice": (edited(vocabulary="aba"), FOREIGN),
     "vocabulary list": (edited(vocabulary=["a", "b"]), FOREIGN),
     "no fingerprint": (edited(sha256=None), FOREIGN),
-    "truncated": (cut(-1), f"F/tokens.bin has {SIZE - 1} bytes, but {SIZE} by its header: it is not whole"),
-    "too long": (cut(2), f"F/tokens.bin has {SIZE + 2} bytes, but {SIZE} by its header: it is not whole"),
+    "truncated": (cut(-1), f"F/tokens.bin has {SIZE - 1} bytes, but {SIZE} by its header: it is damaged"),
+    "too long": (cut(2), f"F/tokens.bin has {SIZE + 2} bytes, but {SIZE} by its header: it is damaged"),
     "emptied": (rewritten(TOKENS, b""), f"F/tokens.bin has 0 bytes, but {SIZE} by its header"),
     "wider": (edited(dtype="uint32"), f"F/tokens.bin has {SIZE} bytes, but {2 * SIZE} by its header"),
 }
@@ -336,7 +336,7 @@ def test_a_look_lets_go_of_the_pages_of_earlier_looks(tmp_path):
         get_batch(tokens, 12, 64, 0, step)
     assert resident(path) < 8 << 10  # the last batch's windows, and what the kernel maps around them
     np.asarray(tokens).max()
-    assert resident(path) == 32 << 10  # that is how it would be
+    assert resident(path) == 32 << 10  # without releasing pages
 
 
 AT_SIZE = """
@@ -370,7 +370,7 @@ print("peak", peak_mb())
 @LINUX
 @pytest.mark.slow
 def test_two_gigabytes_are_trained_on_in_300_mb(tmp_path):
-    """2 GB of text in Greek, two bytes a letter, become 2 GB of tokens."""
+    """2 GB of Greek text, two bytes per letter, become 2 GB of tokens."""
     if shutil.disk_usage(tmp_path).free < 6e9:
         pytest.skip("needs 6 GB on the disk")
     letters = np.array(list("αβγδεζηθικλμνξοπρστυφχψω ,.\n"))

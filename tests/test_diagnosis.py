@@ -1,4 +1,4 @@
-"""Every ailment is named by a run that really has it, and healthy runs, also real ones, are left in peace."""
+"""Each condition is found in a real run that has it, and nothing is found in healthy runs."""
 
 import json
 import math
@@ -43,7 +43,7 @@ def run(prepare=None, tokens=TRAIN, seed=0, **config):
 
 
 def steps(losses, norms=1.0, lr=1e-3, **more):
-    """Records made up: a step for each loss, with the gradient's norm, or a norm for each."""
+    """Synthetic records: a step for each loss, with one gradient norm for all or a norm for each."""
     norms = norms if isinstance(norms, list) else [norms] * len(losses)
     return [
         {"step": i, "loss": loss, "grad_norm": norm, "lr": lr, "clipped": False, "loss_scale": None, **more}
@@ -59,12 +59,12 @@ def conditions(records):
 
 
 def watch(records):
-    """What a monitor reports on the way."""
+    """The findings that a monitor reports while it reads the records."""
     monitor = Monitor()
     return [finding for record in records for finding in monitor.update(record)]
 
 
-# --- sick runs ----------------------------------------------------------------------------------------------------
+# --- runs with a problem ------------------------------------------------------------------------------------------
 
 
 def shuffle_targets(model):
@@ -83,7 +83,7 @@ def zero(model):
 
 
 def nearly_detached(model):
-    """The gradient of a loss in which all that depends on the model is multiplied by 1e-9."""
+    """Multiply the gradient of the model's loss by 1e-9."""
     loss = model.loss
     model.loss = lambda x, y: (out := loss(x, y)).detach() * (1 - 1e-9) + out * 1e-9
 

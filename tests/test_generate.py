@@ -1,4 +1,4 @@
-"""Generation: which tokens may be chosen, the cache against doing without, rows beside others against rows alone."""
+"""Generation: which tokens may be chosen, with and without the cache, rows in a batch and alone."""
 
 from fractions import Fraction
 from itertools import pairwise
@@ -15,7 +15,7 @@ from tinylm.generation import Reader, keep_likeliest, sample, window_start
 
 
 def make(dtype=np.float64, seed=0, **sizes):
-    """A small GPT with weights so large that what it says depends on all that it sees."""
+    """A small GPT with large weights, so that its output depends on the whole context."""
     config = GPTConfig(**{"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 2, "n_embd": 8, **sizes})
     random.seed(seed)
     model = GPT(config)
@@ -26,7 +26,7 @@ def make(dtype=np.float64, seed=0, **sizes):
 
 
 def undecided(**sizes):
-    """A model to which every token is as likely as any other: its tokens show the noise alone."""
+    """A model for which all tokens are equally likely: its tokens show only the noise."""
     model = make(**sizes)
     model.transformer.wte.weight.data[:] = 0
     return model
@@ -51,7 +51,7 @@ def written_out(model, row, n):
 
 
 def kept(weights, **options):
-    """The ids that keep_likeliest leaves of tokens with probabilities in proportion to `weights`."""
+    """The ids that keep_likeliest keeps of tokens with probabilities proportional to `weights`."""
     logits = np.log(np.array([weights], float))
     before = logits.copy()
     left = keep_likeliest(logits, **options)
@@ -224,7 +224,7 @@ def test_what_comes_later_changes_nothing_in_the_cache():
 
 
 def tokens_computed(model, monkeypatch, prompt, n, cache):
-    """How many positions the model computes for each token that it generates."""
+    """The number of positions that the model computes for each generated token."""
     computed = []
     forward = type(model.transformer).forward
 
@@ -303,7 +303,7 @@ def test_equal_prompts_are_continued_differently_the_first_as_if_alone():
 
 
 def test_different_prompts_and_seeds_have_different_noise():
-    """Seen on a model that expects nothing: coupled rows would read alike."""
+    """Tested on a model with equal probabilities: rows with the same noise would be equal."""
     model = undecided()
     prompts = [[1], [2], [1, 0], [0, 1], [0], [0, 0], [0, 0, 0]]  # zeros, which add nothing to a seed made of them
     rows = [row[-24:] for seed in (0, 1) for row in model.generate(prompts, 24, seed=seed)]

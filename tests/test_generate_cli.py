@@ -1,4 +1,4 @@
-"""examples/generate.py as its user meets it: text that comes as it is written, one line for a mistake, Ctrl-C."""
+"""examples/generate.py as a program: text is printed as it is generated, one-line errors, Ctrl-C."""
 
 import os
 import re
@@ -22,7 +22,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", "PY
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A run whose model expects, of any text, something that is not the same for ever."""
+    """A run whose model does not repeat one token."""
     folder = tmp_path_factory.mktemp("run")
     random.seed(0)
     model = GPT(GPTConfig(len(VOCABULARY), block_size=12, n_layer=2, n_head=2, n_embd=8, dropout=0.2))
@@ -46,7 +46,7 @@ def run(*arguments, cwd=None):
 
 
 def written(folder, prompt, n, *options, **more):
-    """What the program must print, said by the library."""
+    """The text that the program must print, generated with the library."""
     model, vocabulary = load_model(folder)
     return vocabulary.decode(model.generate(vocabulary.encode(prompt)[None], n, *options, **more)[0])
 
@@ -124,7 +124,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("arguments", "message"), MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_mistake_is_one_line_and_nothing_is_written(arguments, message, folder, tmp_path):
     (tmp_path / "notes.txt").write_text("not a run")
-    # As a shell would hand it over: what is not text in its encoding arrives as a lone surrogate.
+    # As a shell passes it: bytes that are not text in its encoding arrive as lone surrogates.
     arguments = [a.replace("FOREIGN", str(tmp_path)).replace("\ud800", "\udcff") for a in arguments]
     done = run("--run", folder, *arguments)
     assert (done.returncode, done.stdout) == (2, "")
@@ -183,7 +183,7 @@ def test_help_tells_every_default(tmp_path):
     text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
     blocks = [" ".join(block.split()) for block in re.findall(r"^  (--.+(?:\n {9}.+)*)", text, re.M)]
     assert {block.split()[0]: re.findall(r"\(default: (.*?)\)", block) for block in blocks} == {
-        "--run": ["runs/char"], "--prompt": ["a line break"], "--tokens": ["500"], "--stop": ["nothing ends it early"],
+        "--run": ["runs/char"], "--prompt": ["a line break"], "--tokens": ["500"], "--stop": ["none"],
         "--device": ["cpu"], "--temperature": ["0.8"], "--greedy": [], "--top-k": ["all"], "--top-p": ["1.0"],
         "--seed": ["0"],
     }  # fmt: skip

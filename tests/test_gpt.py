@@ -14,7 +14,7 @@ from tinylm.optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
 
 
 def make(dtype=np.float64, seed=0, lively=True, **sizes):
-    """A small GPT. `lively`: weights far from their tame initial values (biases not 0), so that every term shows."""
+    """A small GPT. `lively`: weights far from their small initial values (biases not 0), so that every term matters."""
     config = GPTConfig(**{"vocab_size": 13, "block_size": 10, "n_layer": 2, "n_head": 3, "n_embd": 12, **sizes})
     random.seed(seed)
     model = GPT(config)
@@ -65,7 +65,7 @@ def test_logits_loss_and_every_gradient_are_pytorchs(dtype, tolerance, bias, T):
 
 
 def test_across_several_blocks_of_queries():
-    """Attention works by blocks of 64 queries: a sequence longer than two of them."""
+    """A sequence longer than two blocks of 64 queries, in which engine "blocked" computes attention."""
     model = make(block_size=150, n_layer=1)
     twin = from_tinylm(model)
     ids, targets = batch(model, B=2)
@@ -126,7 +126,7 @@ def test_20_steps_with_clipping_and_schedule_are_pytorchs(dtype, tolerance, bias
     for name, p in model.named_parameters():
         p, t = p.numpy(), their_parameters[name].detach().numpy()
         if name.endswith("c_attn.bias") and dtype == np.float32:
-            # The keys' bias shifts all scores of a query alike: its gradient is 0, and Adam blows rounding errors up.
+            # The keys' bias shifts all scores of a query equally: its gradient is 0, and Adam magnifies rounding.
             p, t = (np.delete(x, slice(12, 24)) for x in (p, t))
         np.testing.assert_allclose(p, t, rtol=tolerance, atol=tolerance * abs(t).max(), err_msg=name)
 
@@ -213,7 +213,7 @@ def test_a_config_that_makes_no_sense_is_refused(sizes, message):
 
 @pytest.mark.parametrize("block_size", [10, 130])
 def test_a_changed_future_token_changes_no_earlier_logit(block_size):
-    """Bit for bit: not even a rounding error comes back from the future."""
+    """Bit for bit: a later token does not even change the rounding."""
     model = make(np.float32, block_size=block_size)
     ids, _ = batch(model, B=1)
     logits = model(ids).numpy()
@@ -245,7 +245,7 @@ def test_sequences_of_a_batch_do_not_see_each_other():
 
 
 def test_positions_matter():
-    """The same token at each place: without positions all of its logits would be equal."""
+    """The same token at each position: without position embeddings all logits would be equal."""
     model = make()
     logits = model(np.full((1, 10), 5)).numpy()[0]
     assert all((logits[i] != logits[j]).all() for i in range(10) for j in range(i))
@@ -294,7 +294,7 @@ def test_the_tied_gradient_is_the_sum_of_both_uses():
 
 
 def test_repeated_tokens_each_add_to_the_embeddings_gradient():
-    """Against finite differences, in a batch of one token: the loss moves once for each of its places."""
+    """Compared with finite differences, with one repeated token: each occurrence contributes to the gradient."""
     model = make(n_layer=1)
     ids, targets = np.full((2, 5), 7), np.full((2, 5), 3)
     model.loss(ids, targets).backward()
@@ -338,7 +338,7 @@ def test_dropout_acts_at_four_places_of_a_block_and_on_the_embeddings():
 
 
 def greedy(model, ids, n):
-    """What generate(temperature=0) must give, written out; a full block of 10 loses its oldest 2 tokens."""
+    """The expected result of generate(temperature=0), step by step; a full block of 10 loses its oldest 2 tokens."""
     start = 0
     for _ in range(n):
         while ids.shape[1] - start > 10:
@@ -350,7 +350,7 @@ def greedy(model, ids, n):
 
 
 def talkative():
-    """A model that does not say one token for ever: what it says depends on all that it sees."""
+    """A model that does not repeat one token: its output depends on the whole context."""
     model = make(seed=2)
     for p in model.parameters():
         p.data *= 4 if p.ndim == 2 and p is not model.transformer.wte.weight else 1

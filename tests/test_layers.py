@@ -1,4 +1,4 @@
-"""nn: the layers against PyTorch's, and what a Module does with names, weights, modes and devices."""
+"""nn: the layers compared with PyTorch's; names, weights, modes and devices of a Module."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The chunked loss is the two-op loss: value, gradients and errors; and it never holds all the logits."""
+"""The chunked loss equals the two-op loss: value, gradients and errors; and it never holds all the logits."""
 
 import tracemalloc
 from importlib import import_module
@@ -37,7 +37,7 @@ def problem(n=7, C=4, V=9, shape=None, ignored=()):
 
 @pytest.fixture(params=[None, 1, 20, 27], ids=lambda piece: f"piece={piece}")
 def piece(request, monkeypatch):
-    """The number of logits at a time: all at once, one row, and pieces of two and three rows with a ragged end."""
+    """The number of logits at a time: all at once, one row, and pieces of two and three rows with a shorter last."""
     if request.param:
         monkeypatch.setattr(module, "PIECE", request.param)
 
@@ -153,7 +153,7 @@ def test_lists_tensors_and_small_integers_as_targets(device):
 
 
 def test_the_gradient_is_the_callers_own():
-    """Two losses of the same arrays: what backward hands over is not touched again, nor are inputs."""
+    """Two losses of the same arrays: returned gradients and inputs are not changed later."""
     hidden, weight, targets = problem()
     h, w = Tensor(hidden, requires_grad=True), Tensor(weight, requires_grad=True)
     fn(h, w, targets).backward()
@@ -170,7 +170,7 @@ def test_the_gradient_is_the_callers_own():
 
 
 def test_under_autocast_a_scaled_gradient_does_not_underflow(device, piece):
-    """Divided by a million tokens and multiplied by the scale: only the product need fit into float16."""
+    """Divided by a million tokens and multiplied by the scale: only the product must be in float16's range."""
     hidden, weight, targets = problem()
     scaler = GradScaler(2.0**20)
     h, w = device.leaf(hidden, np.float32), device.leaf(weight, np.float32)

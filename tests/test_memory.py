@@ -1,4 +1,4 @@
-"""Counting what the tape holds: exact on graphs small enough to count by hand, and the figures that follow from it."""
+"""Counting what the tape holds: exact on graphs that can be counted by hand; memory savings that follow from it."""
 
 import os
 import subprocess
@@ -284,7 +284,7 @@ def test_the_picture_rises_and_falls(tmp_path):
 
 
 def test_the_process_has_a_peak_of_its_own():
-    """In a small process, whoever started it: 100 MB more show."""
+    """In a small process, whatever process started it: 100 MB more are visible."""
     code = "import numpy as np; from tinylm.memory import peak_rss; a = peak_rss(); np.ones(25_000_000, np.float32); "
     code += "print(a, peak_rss())"
     ballast = np.ones(80_000_000, np.float32)  # what this process holds must not count for the other
@@ -331,7 +331,7 @@ M = {"n_layer": 6, "n_head": 6, "n_embd": 384, "block_size": 256, "batch_size": 
 
 
 def test_recomputing_needs_at_least_60_percent_less():
-    """On six layers of width 384. The count depends on the shapes alone: one sequence tells as much as eight."""
+    """On six layers of width 384. The ratio does not depend on the batch: one sequence is enough."""
     stored, recomputed = (tracked(recompute=k, **{**M, "batch_size": 1})[0].peak_activations for k in (0, 1))
     assert recomputed <= 0.4 * stored
     assert 40e6 < stored < 50e6

@@ -73,7 +73,7 @@ def test_where_with_numbers(device):
 
 
 def test_the_side_not_taken_gets_an_exact_zero(device):
-    """With a mask multiplied in, an infinite dy would make 0 * inf = NaN of it."""
+    """Multiplying dy by a mask would give 0 * inf = NaN where dy is infinite."""
     a, b = device.leaf([1.0, 2.0]), device.leaf([3.0, 4.0])
     y = ops.where(device.array([True, False]), a, b)
     y.backward(device.array([np.inf, np.inf], np.float32))
@@ -211,7 +211,7 @@ def test_mixing_devices_names_both(strict_cupy_module):
 
 
 def test_arrays_on_the_left(device):
-    """`array op tensor` is the Tensor's business; NumPy would make an array of objects of it."""
+    """`array op tensor` must call the Tensor's operator; NumPy alone would make an array of objects."""
     array, x = device.array([3.0, 4.0], np.float32), device.leaf([1.0, 2.0])
     for y, expected in (
         (array + x, [4.0, 6.0]),
@@ -253,7 +253,7 @@ def test_truth(device):
     assert device.tensor([1.0])
     assert not device.tensor(0)
     with pytest.raises(
-        ValueError, match=r"the truth of a tensor of shape \(2,\) is ambiguous; use \.any\(\) or \.all\(\)"
+        ValueError, match=r"the truth value of a tensor of shape \(2,\) is ambiguous; use \.any\(\) or \.all\(\)"
     ):
         bool(device.tensor([1.0, 2.0]))
     mixed = device.tensor([True, False])
@@ -341,7 +341,7 @@ def test_exp_and_log_at_the_edges(device):
 
 
 def test_tolerances_are_not_slack(device):
-    """`check` itself can fail: a wrong value and a wrong gradient."""
+    """`check` detects a wrong value and a wrong gradient."""
     with pytest.raises(AssertionError, match="output 0 in float64"):
         check(device, lambda x: x * 1.00001, lambda x: x, normal(3), tolerance=FLOAT32)
     with pytest.raises(AssertionError, match="gradient of input 0"):

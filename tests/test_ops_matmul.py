@@ -96,7 +96,7 @@ def test_float16_gradients_of_linear_are_summed_in_float32(device):
 
 
 def test_mixed_dtypes(device):
-    """What NumPy promotes is promoted, and each gradient returns in its input's dtype."""
+    """Dtypes are promoted as in NumPy, and each gradient has its input's dtype."""
     a, b = device.leaf(normal(2, 3), np.float32), device.leaf(normal(3, 2), np.float64)
     y = a @ b
     assert y.dtype == np.float64
@@ -109,9 +109,9 @@ def test_errors(device):
     seen = rf"\(\(2, 3\) float32 {device.name}, \(4, 5\) float32 {device.name}"
     with pytest.raises(ValueError, match=rf"the inner dimensions 3 and 4 differ[^$]*MatMul.forward{seen}\)"):
         x @ w
-    with pytest.raises(ValueError, match=r"a scalar is no matrix; use \* instead[^$]*MatMul"):
+    with pytest.raises(ValueError, match=r"a scalar is not a matrix; use \* instead[^$]*MatMul"):
         x @ 2.0
-    with pytest.raises(ValueError, match=r"a scalar is no matrix; use \* instead[^$]*MatMul"):
+    with pytest.raises(ValueError, match=r"a scalar is not a matrix; use \* instead[^$]*MatMul"):
         x @ device.tensor(2.0)
     with pytest.raises(ValueError, match=rf"weight must be \(out, in\) with in = 3[^$]*Linear.forward{seen}, None\)"):
         ops.linear(x, w)

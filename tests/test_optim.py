@@ -70,9 +70,9 @@ def test_12_steps_are_pytorchs(device, options, dtype, rtol):
 @pytest.mark.parametrize("scale", [1e-12, 1e-9, 1e-8, 1e-5])
 @pytest.mark.parametrize(("dtype", "rtol"), [(np.float64, 1e-12), (np.float32, 1e-5)])
 def test_tiny_gradients_move_as_in_pytorch(device, scale, dtype, rtol):
-    """Where the gradient is no larger than eps, one sees where eps stands, and how large it is."""
+    """A gradient no larger than eps shows the place of eps in the formula, and its value."""
     ours, theirs = pairs(device, dtype=dtype)
-    for x, x_ in zip(ours, theirs, strict=True):  # from 0, so that not a digit of the movement is lost
+    for x, x_ in zip(ours, theirs, strict=True):  # from 0, so that no digit of the update is lost
         x.data[...] = 0
         x_.data[...] = 0
     optimizer = AdamW(ours, lr=0.1, weight_decay=0.0)
@@ -172,7 +172,7 @@ def test_gradients_need_not_be_contiguous(device):
 
 
 def test_parameters_need_not_be_contiguous(device):
-    """Pieces are views of a contiguous array; of any other they would be copies, and the step would be lost."""
+    """Pieces of a contiguous array are views; pieces of any other would be copies, and the update would be lost."""
     ours, theirs = pairs(device, [(6, 4)])
     ours[0].data = device.array(host(ours[0]).T.copy()).T
     optimizer, reference = AdamW(ours, lr=0.1), torch.optim.AdamW(theirs, lr=0.1)
@@ -417,7 +417,7 @@ def test_clip_leaves_the_coefficient_that_clipping_in_place_multiplies_with(devi
 
 
 def test_a_parameter_in_fortran_order_keeps_its_memory():
-    """So that a view of it, a tied weight for instance, goes on seeing its updates."""
+    """So that a view of it, for example a tied weight, still sees its updates."""
     p = Parameter(np.asfortranarray(normal(4, 3)), np.float64)
     view = p.data.T
     optimizer = AdamW([p], lr=0.1)

@@ -1,4 +1,4 @@
-"""One batch over several threads: the same gradient, the same bits on every run, and nothing left behind."""
+"""One batch over several threads: the same gradient, bit for bit equal on every run, and settings restored."""
 
 import math
 import threading
@@ -54,7 +54,7 @@ def gradient(model, **config):
 
 
 def distance(a, b):
-    """Of two vectors, relative to their length."""
+    """The distance of two vectors, relative to their length."""
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
@@ -302,7 +302,7 @@ def test_evaluation_leaves_every_model_in_its_mode_also_after_an_error(training)
 
 
 class Scalar(Module):
-    """A weight alone, with gradient `rank` for the tests of reductions."""
+    """A single weight, with gradient `rank` for the tests of reductions."""
 
     def __init__(self, config=None):
         self.w = tensor_parameter([1.0])
@@ -361,7 +361,7 @@ def test_a_frozen_parameter_stays_frozen_over_several_threads():
 
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_workers_see_what_becomes_of_the_weights(order):
-    """Updates of the optimizer, which gives arrays in another order than C anew, and loaded ones."""
+    """After an optimizer's update, and after loading."""
     model = make()
     for p in model.parameters():
         p.data = np.array(p.data, order=order)
@@ -387,14 +387,14 @@ def test_workers_see_what_becomes_of_the_weights(order):
 
 
 def observed(rank):
-    """What recording depends on, in this thread."""
+    """The settings of this thread."""
     record = current()
     settings = [record.recording, record.anomaly, record.autocast is not None, record.engines != ()]
     return (*settings, random.state(), np.geterr()["over"])
 
 
 def end(before):
-    """Wait until no other threads are left than those `before`."""
+    """Wait until only the threads in `before` are left."""
     for thread in set(threading.enumerate()) - before:
         thread.join(5)
     assert not set(threading.enumerate()) - before
@@ -513,7 +513,7 @@ def test_a_wrong_target_is_reported_in_the_ops_words():
 
 
 def blas():
-    """How many threads NumPy's BLAS has."""
+    """The number of threads of NumPy's BLAS."""
     return {pool["num_threads"] for pool in threadpool_info() if pool["internal_api"] == "openblas"}
 
 

@@ -176,7 +176,7 @@ def test_the_residual_stream_is_float16_and_the_loss_float32(device):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_layer_norm_in_float16_is_as_good_as_half_precision(device, bias):
-    """Reference: float64, on the very numbers that float16 holds. They are large and far from 0: no sum in float16."""
+    """Compared with float64 on the same float16 numbers. They are large: sums in float16 would overflow or round."""
     x = (normal(6, 700) * 3 + 100).astype(np.float16)
     w, b, dy = normal(700, seed=1) + 1, normal(700, seed=2), normal(6, 700, seed=3).astype(np.float16)
     w, b = w.astype(np.float32), b.astype(np.float32)
@@ -238,7 +238,7 @@ def test_parameters_gradients_and_moments_stay_float32(accumulate):
 
 
 def test_a_scaled_gradient_is_the_gradient(device):
-    """The scale is a power of two: where nothing over- or underflows, nothing at all is lost."""
+    """The scale is a power of two: without overflow or underflow the gradients are exactly equal."""
     found = []
     for scale in (1.0, 2.0**12):
         w = device.leaf(normal(4, 3), np.float32)
@@ -280,7 +280,7 @@ def ours_and_theirs(**options):
 
 
 def play(ours, theirs, series, explicit_unscale, bad=np.inf):
-    """Both scalers through the same steps; yields what they decided."""
+    """Run both scalers through the same steps; yields their decisions."""
     (scaler, optimizer, params), (torch_scaler, torch_optimizer, torch_params) = ours, theirs
     for i, overflow in enumerate(series):
         torch_scaler.scale(torch.ones(()))  # PyTorch makes its scale at the first use of it
@@ -442,7 +442,7 @@ def test_one_finiteness_check_a_step(monkeypatch, explicit_unscale):
 
 
 def test_the_check_asks_the_device_once(device):
-    """Each answer that Python looks at makes the host wait for the GPU."""
+    """Each value that is copied to the host makes it wait for the GPU."""
     arrays = [device.array(normal(3, 4, seed=i), np.float32) for i in range(5)]
     asked = []
     if device.name == "cuda" and hasattr(type(arrays[0]), "host"):
@@ -549,7 +549,7 @@ def test_a_scale_that_collapses_stops_the_training():
 
 
 def test_half_precision_trains_as_single_precision_does():
-    """Losses of 30 steps, dtype by dtype: the same curve to a hundredth."""
+    """The losses of 30 steps in both dtypes agree to 0.01."""
     losses = {}
     for dtype in ("float32", "float16"):
         state = TrainState(tiny(), TrainConfig(steps=30, batch_size=8, lr=0.01, warmup=3, dtype=dtype, eval_every=0))

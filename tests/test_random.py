@@ -29,7 +29,7 @@ def test_both_devices_draw_the_same(device):
 
 @pytest.mark.parametrize("shape", [(12,), (12, 3), (12, 8), (12, 2, 5), (12, 17)])
 def test_samples_do_not_depend_on_their_batch(device, shape):
-    """Samples 6..11 alone (`first_sample=6`) see what they see in the whole batch, in any division."""
+    """Samples 6..11 alone (`first_sample=6`) get the same numbers as in the whole batch, however it is divided."""
     whole = draw(device, KEY, shape)
     np.testing.assert_array_equal(draw(device, KEY._replace(first_sample=6), (6, *shape[1:])), whole[6:])
     parts = [draw(device, KEY._replace(first_sample=i), (n, *shape[1:])) for i, n in ((0, 5), (5, 1), (6, 6))]
@@ -76,7 +76,7 @@ def test_seeds_are_taken_modulo_2_to_the_64(device):
 
 
 def test_neighbouring_large_seeds_differ(device):
-    """2**63 + 1 has no float64 of its own: a conversion on the way would merge it with its neighbours."""
+    """float64 cannot represent 2**63 + 1: a conversion to it would merge neighbouring seeds."""
     a, b = (draw(device, KEY._replace(seed=2**63 + n), (40,)) for n in (1, 2))
     assert (a != b).all()
 

@@ -1,4 +1,4 @@
-"""Recomputed is stored: checkpoint gives the gradients of a plain call, to the bit, and keeps its inputs alone."""
+"""checkpoint gives the gradients of a plain call, bit for bit, and keeps only its inputs."""
 
 import gc
 import weakref
@@ -17,7 +17,7 @@ from tinylm.training import TrainConfig, TrainState, train
 
 
 class Plain:
-    """A call that is none: `checkpoint`'s signature without what it does."""
+    """A plain call with the signature of `checkpoint`."""
 
     def __new__(cls, fn, *inputs, **kwargs):
         return fn(*inputs, **kwargs)
@@ -97,7 +97,7 @@ def test_nested(device, dropout):
 @pytest.mark.parametrize("where", ["outside", "inside", "both", "off inside"])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 def test_with_autocast(device, where, dropout):
-    """Backward runs outside of autocast, as PyTorch recommends: the second run must remember it."""
+    """Backward runs outside of autocast, as PyTorch recommends: the second run must restore it."""
 
     def build(call, net, x):
         def part(x):
@@ -199,7 +199,7 @@ def test_an_output_that_nobody_uses_sends_no_gradient(device):
 
 
 def test_outputs_without_a_gradient(device):
-    """A detached one, one of integers, one that depends on constants only, and an input handed through."""
+    """A detached one, one of integers, one that depends on constants only, and an input returned unchanged."""
 
     def f(x, y):
         return x, x.detach() * 3, Tensor((x * y).data.argmax(axis=1)), device.tensor([1.0, 2.0]), x * y
@@ -220,7 +220,7 @@ def test_a_one_tuple_stays_a_tuple(device):
 
 
 def test_a_gradient_that_two_ops_share_is_not_added_to(device):
-    """h + k hands the same array to both."""
+    """The backward of h + k returns the same array for both."""
 
     def build(call, net, x, y):
         h, k = x * 2, y * 3
@@ -254,7 +254,7 @@ def test_gradients_add_up_over_several_backwards():
     assert_close(thrice, 3 * x.grad, rtol=1e-12)
 
 
-# --- when it is not more than a call, and when it is refused ----------------------------------------------------
+# --- when it is a plain call, and when it raises an error -------------------------------------------------------
 
 
 def test_without_recording_it_is_just_a_call():
@@ -291,7 +291,7 @@ def test_it_is_an_error_to_return_anything_but_tensors(result):
 
 @pytest.mark.parametrize("way", ["closure", "list"])
 def test_what_was_computed_outside_must_be_given_as_an_input(way):
-    """Or backward would walk through the graph outside before its time."""
+    """Otherwise backward would walk the outer graph too early."""
     w = Tensor([2.0], requires_grad=True)
     x, outside = w * 3, w * 5
 
@@ -344,7 +344,7 @@ def test_a_second_backward_says_so():
         y.backward()
 
 
-# --- it really forgets, and really runs again ---------------------------------------------------------------------
+# --- it releases activations and runs fn again ------------------------------------------------------------------
 
 
 class Marked(Op):
@@ -464,7 +464,7 @@ TOKENS = np.arange(600) ** 2 % 17 % 11
 
 
 def trained(recompute, device="cpu", **config):
-    """What three steps do: losses, norms, parameters and gradients."""
+    """The results of three steps: losses, norms, parameters and gradients."""
     random.seed(0)
     sizes = {"block_size": 8, "n_layer": 5, "n_head": 2, "n_embd": 8}
     model = GPT(GPTConfig(11, **sizes, dropout=config.pop("dropout", 0.0), recompute=recompute)).to(device)
@@ -520,7 +520,7 @@ def test_it_needs_less_memory_the_more_blocks_there_are():
 
 
 def test_frozen_blocks_and_generation():
-    """With nothing below that requires a gradient there is nothing to recompute: no error."""
+    """If nothing below requires a gradient, nothing is recomputed, and there is no error."""
     random.seed(0)
     model = GPT(GPTConfig(11, 8, 3, 2, 8, recompute=1))
     ids = np.array([[1, 2, 3]])
@@ -540,7 +540,7 @@ def test_recompute_must_not_be_negative():
 
 
 def test_with_a_scaled_loss(device):
-    """Gradients that have been multiplied by 2^12 all the way, to the bit, as without checkpoint."""
+    """Gradients scaled by 2^12 are bit for bit equal to those without checkpoint."""
     scaler = GradScaler(2.0**12)
 
     def build(call, net, x):

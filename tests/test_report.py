@@ -1,4 +1,4 @@
-"""The page: what it holds, that nothing in a run can break out of it, and that a browser draws it without complaint."""
+"""The page: its content, that no text of a run becomes HTML, and that a browser draws it without errors."""
 
 import json
 import math
@@ -20,7 +20,7 @@ CONFIG = {"data": None, "n_layer": 4, "lr": 1e-5, "clip": 1.0, "seed": 2**60, "m
 
 
 def make_run(folder, steps=120, config=CONFIG, samples=True, sick=False, **more):
-    """A run's folder, made up: a loss that falls, or one that explodes and ends as not a number."""
+    """The folder of a synthetic run: a loss that falls, or one that explodes and ends as NaN."""
     folder.mkdir(parents=True)
     lines = []
     for i in range(1, steps + 1):
@@ -195,7 +195,7 @@ def test_small_helpers(tmp_path):
     assert read_config(tmp_path / "c") == {"a.b.c": [1], "clip": math.inf}
 
 
-# --- nothing breaks out of it -------------------------------------------------------------------------------------
+# --- no text becomes HTML -----------------------------------------------------------------------------------------
 
 
 class Tags(HTMLParser):

@@ -1,7 +1,7 @@
-"""The example, ended in every way: by signals, by SIGKILL at any moment, by a full disk; and gone on with by --resume.
+"""The example, stopped by signals, by SIGKILL at any moment or by a full disk, and continued with --resume.
 
-Run as a program, this file is what the tests of SIGKILL start: it imports the example once, and forks a process for
-each life of a run that is killed again and again.
+The tests of SIGKILL run this file as a program: it imports the example once, and forks a process for each part of a
+run that is killed again and again.
 """
 
 import json
@@ -39,7 +39,7 @@ def command(*arguments):
 
 
 def start(*arguments, cwd):
-    """The example as a process of its own. Of a runner in the background it would inherit that Ctrl-C is ignored."""
+    """The example as a separate process. From a runner in the background it would inherit that Ctrl-C is ignored."""
     return subprocess.Popen(
         command(*arguments), cwd=cwd, env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -69,7 +69,7 @@ def last_step(folder):
 
 
 def outcome(folder):
-    """All that a run leaves, but for what a clock had a part in: equal for equal runs, to the last bit."""
+    """All files of a run without the measured times: bit for bit equal for equal runs."""
     metrics = [{name: v for name, v in line.items() if name not in CLOCK} for line in read_metrics(folder)]
     states = []
     for checkpoint in Run(folder).checkpoints():
@@ -173,7 +173,7 @@ cli.run(main)
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path):
-    """The first one waits for the end of a step, which here takes a minute."""
+    """The first one waits for the end of the step, which takes a minute here."""
     program = subprocess.Popen(
         [sys.executable, "-c", STUCK], env=ENVIRONMENT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -351,7 +351,7 @@ def test_where_every_checkpoint_is_damaged_nothing_is_deleted(finished):
 
 
 def test_a_full_disk_leaves_the_checkpoints_and_training_goes_on(text_file, tmp_path):
-    """No file may grow beyond 160 KB: metrics and pictures have room, the checkpoints of this model have not."""
+    """No file may grow beyond 160 KB: enough for metrics and pictures, but not for this model's checkpoints."""
     arguments = ["--data", text_file, "--n-embd=64", "--eval-every=10", "--save-every=2", "--resume"]
     assert run(*arguments, "--steps=10", cwd=tmp_path).returncode == 0
     folder = tmp_path / "o"
@@ -379,7 +379,7 @@ def test_a_full_disk_leaves_the_checkpoints_and_training_goes_on(text_file, tmp_
     assert steps_saved(folder)[-2:] == [18, 20]
 
 
-# --- a run gone bad -----------------------------------------------------------------------------------------------
+# --- a run that is no longer finite -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -464,7 +464,7 @@ def die_before_call(saves, number):
 
 
 def killed_at_random_moments(main, arguments, kills, seed):
-    """Lives of the run in o/, each ended by SIGKILL at a random moment; what was found after each death."""
+    """Run in o/ again and again, each time killed at a random moment; yields what is on the disk after each kill."""
     chance = random.Random(seed)
     found = []
     for life in range(kills):
@@ -489,7 +489,7 @@ def killed_at_random_moments(main, arguments, kills, seed):
 
 
 def killed_at_each_call(main, arguments, kills):
-    """The same with deaths before call 1, 2, 3, ... to the disk: of a life, and of a life's second save."""
+    """The same, killed before disk call 1, 2, 3, ... of a process, and of its second save."""
     return [autopsy(live(main, arguments, die_at=(i % 2 * 2, 1 + i // 2))) for i in range(kills)]
 
 
@@ -509,7 +509,7 @@ def saving():
 
 
 def newest_sound(folder):
-    """Of the checkpoints, the newest must be sound: nothing but this process's death has happened to it."""
+    """The newest checkpoint must be sound: killing a process damages no checkpoint."""
     saved = Run(folder).checkpoints()
     return saved[-1].read()[0]["step"] if saved else 0
 
@@ -583,7 +583,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(how, kill
 
 @pytest.mark.slow
 def test_the_program_itself_is_killed_and_resumed(killable, tmp_path):
-    """A process of its own each time, from its first moment on."""
+    """A new process each time, killed at any moment from its start on."""
     arguments, whole = killable(2)
     chance = random.Random(5)
     found = []

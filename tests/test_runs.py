@@ -1,4 +1,4 @@
-"""A run's folder: what is saved, what is refused, and that a resumed run is the unbroken one, bit for bit."""
+"""A run's folder: what is saved, what is refused, and that a resumed run is bit for bit equal to an unbroken one."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def save(run, state, **options):
 
 
 def resume(folder, state, vocabulary=VOCABULARY, data=DATA):
-    """A Run that has brought `state` to its newest checkpoint, and what it told."""
+    """A Run after resuming `state` from its newest checkpoint, and its messages."""
     told = []
     run = Run(folder)
     run.resume(state, vocabulary, data, told.append)
@@ -67,7 +67,7 @@ def new(folder, **config):
 
 
 def everything(state):
-    """All that a state holds, as bytes where it is arrays."""
+    """The whole state, with arrays as bytes."""
     arrays = {**state.model.state_dict(), **state.optimizer.arrays()}
     rest = {name: value for name, value in vars(state).items() if name in ("step", "val_loss", "best_val_loss")}
     rest["patience"] = state.evaluations_since_best
@@ -75,7 +75,7 @@ def everything(state):
 
 
 def timeless(folder):
-    """The metrics' lines without the two numbers that a clock made."""
+    """The lines of the metrics without the two measured times."""
     clock = ("tokens_per_second", "seconds")
     return [{name: v for name, v in line.items() if name not in clock} for line in read_metrics(folder)]
 
@@ -147,7 +147,7 @@ def test_tokens_and_seconds_count_from_the_beginning(tmp_path):
 
 
 def test_what_a_dead_process_did_after_its_checkpoint_is_forgotten(tmp_path):
-    """Steps 5 to 7 were done and not saved; the last line and the last sample are torn."""
+    """Steps 5 to 7 were done and not saved; the last line and the last sample are incomplete."""
     run, state = new(tmp_path)
     run.record_sample(1, "early\n=== not a step\n")
     advance(run, state, steps=7, save_every=4)
@@ -457,7 +457,7 @@ def test_any_flipped_bit_of_the_weights_is_seen(saved):
 
 
 def test_any_flipped_bit_of_the_state_is_seen_or_means_nothing(saved):
-    """JSON writes one thing in several ways (1e-05 and 1E-05): what is not refused must be what was saved."""
+    """JSON has several spellings of a value (1e-05 and 1E-05): a state that is accepted must equal the saved one."""
     (checkpoint,) = (c for c in Run(saved).checkpoints() if c.step == 3)
     path = checkpoint.path / "state.json"
     good, state = path.read_bytes(), checkpoint.state()
@@ -614,7 +614,7 @@ CALLS = 15  # to the disk, by a save
 
 @pytest.mark.parametrize("call", range(CALLS))
 def test_a_full_disk_leaves_the_older_checkpoints_as_they_were(call, saved, monkeypatch):
-    """Whichever call fails; and the next save, on a disk with room again, is sound."""
+    """Whichever call fails; and the next save, when the disk has room again, is sound."""
     state = make()
     run, _ = resume(saved, state)
     older = contents(saved / "checkpoints")
@@ -646,7 +646,7 @@ def test_a_save_makes_no_other_calls(saved, monkeypatch):
 
 
 def test_metrics_wait_for_a_disk_with_room(tmp_path, monkeypatch):
-    """Neither torn nor lost nor doubled: half of a line is on the disk when the write fails."""
+    """No line is incomplete, lost or repeated: half of a line is on the disk when the write fails."""
     run, state = new(tmp_path)
     steps = list(train(state, TRAIN, VAL))
     for i, step in enumerate(steps):
@@ -664,7 +664,7 @@ def test_metrics_wait_for_a_disk_with_room(tmp_path, monkeypatch):
     assert (tmp_path / "samples.txt").read_text() == "".join(f"=== step {n}\na text\n" for n in range(1, 21, 3))
 
 
-# --- a model gone bad ---------------------------------------------------------------------------------------------
+# --- a model that is no longer finite -----------------------------------------------------------------------------
 
 
 def weight(value):

@@ -54,7 +54,7 @@ def leave(block):
 
 @pytest.fixture(autouse=True)
 def _plain():
-    """What a test leaves behind in the record is that test's failure, not the next one's."""
+    """A test that leaves a block in force fails itself, and does not affect the next test."""
     before = current()
     yield
     assert current() == before
@@ -79,7 +79,7 @@ DEFAULTS = {"recording": True, "anomaly": False, "autocast": False, "engines": N
 
 
 def seen():
-    """The record as this context has it, in the words of the table above."""
+    """This context's settings, under the names of the table above."""
     record = current()
     assert is_grad_enabled() is record.recording
     fields = {name: getattr(record, name) for name in DEFAULTS} | dict(record.overrides)
@@ -90,7 +90,7 @@ def seen():
 @given(moves=st.lists(st.tuples(st.booleans(), st.sampled_from(sorted(BLOCKS))), max_size=25))
 @example(moves=[(True, "no_grad"), (True, "enable_grad"), (True, "no_grad"), (False, "no_grad")])
 def test_blocks_begin_and_end_in_any_order_and_of_two_the_later_one_holds(moves):
-    """Each move begins a block or ends it; ending one that is not in force changes nothing."""
+    """Each move begins or ends a block; ending one that is not in force changes nothing."""
     blocks = {name: make() for name, (make, _) in BLOCKS.items()}
     begun = []
     for begin, name in moves:

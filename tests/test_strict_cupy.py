@@ -1,4 +1,4 @@
-"""The stand-in for CuPy refuses what it promises to refuse, and says so; what it allows, CuPy has."""
+"""The stand-in for CuPy refuses what its docstring says; what it allows exists in CuPy."""
 
 import inspect
 

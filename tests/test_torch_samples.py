@@ -1,8 +1,8 @@
 """PyTorch's own sample inputs (its OpInfo database), run through every op that PyTorch has too: values and gradients.
 
-`TABLE` says which of PyTorch's ops an op of tinylm is held against, and how the arguments of the one become those of
-the other. A sample is left out only for a reason that `refusal` gives, and each row says how many must remain. Two
-kinds are derived from a sample: with NaN and infinities in its first tensor, and in the cotangents.
+`TABLE` says with which of PyTorch's ops an op of tinylm is compared, and how PyTorch's arguments are translated. A
+sample is skipped only for a reason that `refusal` gives, and each row says how many must remain. Two more samples are
+derived from a sample: with NaN and infinities in its first tensor, and in the cotangents.
 """
 
 import functools
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from tinylm import Tensor, autograd, ops
 
 DTYPES = ("float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool")
-LARGE = 20_000  # elements; what is larger has nothing that smaller samples have not
+LARGE = 20_000  # elements; larger samples test nothing that smaller ones do not
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
 NAMES = {"dim": "axis", "keepdim": "keepdims", "correction": "ddof"}  # PyTorch's word: tinylm's
 # Arguments that change nothing at this value (... is any value), and so may be left out of a call.
@@ -224,7 +224,7 @@ def refusal(info, offered, args, kwargs):
 
 
 def ours(x):
-    """What tinylm is given for PyTorch's `x`; a tensor keeps its memory and strides."""
+    """PyTorch's `x` converted for tinylm; a tensor keeps its memory and strides."""
     if isinstance(x, torch.Tensor):
         return Tensor(x.detach().numpy(), requires_grad=x.requires_grad)
     return np.dtype(str(x).removeprefix("torch.")) if isinstance(x, torch.dtype) else x
@@ -242,7 +242,7 @@ def theirs(info, args, kwargs, leaves, wild, dys=None):
 
 
 def compare(op, info, call, args, kwargs, wild):
-    """Run both on one sample; hold dtypes, values and the gradients under a random cotangent against each other."""
+    """Run both on one sample; compare dtypes, values and the gradients under a random cotangent."""
     args, kwargs = tree_map(lambda x: x.detach().requires_grad_() if is_float(x) else x, (args, kwargs))
     leaves = [x for x in tree_leaves((args, kwargs)) if is_float(x)]
     wanted, dys, grads = theirs(info, args, kwargs, leaves, wild)

@@ -1,4 +1,4 @@
-"""The example as its user meets it: a program of its own, with its files, its mistakes and its Ctrl-C."""
+"""examples/train_char.py as a program: its files, its one-line errors, Ctrl-C."""
 
 import importlib.util
 import json
@@ -56,7 +56,7 @@ def summary_of(folder):
 
 
 def allow_interrupts():
-    """In the child: a runner started in the background ignores SIGINT, and a child inherits that."""
+    """Runs in the child: a test runner in the background ignores SIGINT, and its children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 

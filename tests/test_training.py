@@ -159,7 +159,7 @@ def test_training_is_in_place_and_in_training_mode():
 @pytest.mark.parametrize("accumulate", [2, 3, 8])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_accumulated_gradients_are_those_of_the_full_batch(dtype, rtol, accumulate, dropout):
-    """3 micro-batches of 8 sequences are ragged: 2, 3 and 3, so that a mean of their means would be wrong."""
+    """8 sequences in 3 micro-batches of 2, 3 and 3: a mean of their means would be wrong."""
     full, parts = make(dtype, dropout=dropout), make(dtype, dropout=dropout)
     (a,) = run(full, steps=1, lr=0.0, clip=0)
     (b,) = run(parts, steps=1, lr=0.0, clip=0, accumulate=accumulate)
@@ -227,7 +227,7 @@ def test_it_learns_to_say_abc():
 
 
 def test_golden_run():
-    """The losses of twenty steps, to be trusted because the tests above agree with PyTorch, and kept from then on."""
+    """The losses of twenty steps, checked once against PyTorch (as the tests above are), must not change."""
     model = make(block_size=16, n_layer=2, n_embd=32)
     steps = run(model, steps=20, lr=0.01, warmup=4, batch_size=6, accumulate=2, weight_decay=0.1, clip=1.0, seed=1337)
     np.testing.assert_allclose([s.loss for s in steps], GOLDEN_LOSSES, rtol=1e-4)
@@ -283,7 +283,7 @@ def test_what_is_not_finite_stops_before_it_reaches_the_parameters(spoil, messag
 
 
 def naive_loss(model, tokens):
-    """Mean of -log p(token) over all tokens but the first, one forward for each, from what precedes it in its block."""
+    """Mean of -log p(token) over all tokens but the first, one forward for each, given its block's earlier tokens."""
     T, losses = model.config.block_size, []
     for i in range(1, len(tokens)):
         start = (i - 1) // T * T

@@ -1,4 +1,4 @@
-"""The same GPT in plain PyTorch, the oracle of the tests and the rival of the benchmark.
+"""The same GPT in plain PyTorch, for comparison in the tests and the benchmarks.
 
 Its parameters have tinylm's names and shapes, so that weights copy over by name.
 """

@@ -1,7 +1,7 @@
 """Where an array lives: NumPy arrays on the CPU, CuPy arrays on a GPU. The only file that imports CuPy.
 
-Everywhere else a function asks `array_module(x)` for the module its argument belongs to and calls that, so
-the same forward and backward run on both devices.
+Everywhere else a function calls `array_module(x)` to get the module of its argument and uses that module, so the
+same forward and backward run on both devices.
 """
 
 import ctypes
@@ -17,7 +17,7 @@ _HOST = (np.ndarray, np.generic)
 
 
 def cupy() -> Any:
-    """The CuPy module. Raises ValueError with the remedy where it cannot be imported."""
+    """The CuPy module. Raises ValueError that says what to install if it cannot be imported."""
     if "cupy" not in sys.modules:
         try:
             import cupy  # noqa: F401
@@ -44,22 +44,22 @@ def device_of(x: Array) -> str:
 
 
 def to_device(x: Array, device: str) -> Array:
-    """`x` on `device`, itself where it is there already. Raises ValueError for an unknown or absent device."""
+    """`x` on `device`; `x` itself if it is already there. Raises ValueError for an unknown or absent device."""
     if device == "cpu":
         return x if isinstance(x, _HOST) else cupy().asnumpy(x)
     if device == "cuda":
         try:
             return cupy().asarray(x)
         except RuntimeError as error:  # cupy's CUDARuntimeError: no driver, no card, no memory
-            raise ValueError(f"device 'cuda' does not answer: {error}") from None
+            raise ValueError(f"device 'cuda' cannot be used: {error}") from None
     raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
 
 
 def plain(x: Any, who: str) -> Any:
-    """A number or None as it is, an array as one of exactly NumPy's or CuPy's own class (a mapped file becomes one).
+    """Numbers and None unchanged; an array as a plain numpy.ndarray or cupy.ndarray (a memory-mapped one too).
 
-    A NumPy scalar becomes a Python number: float64 scalars would make a float64 of everything they touch. Raises
-    TypeError for anything else, for np.matrix, which multiplies otherwise, and for masked arrays.
+    A NumPy scalar becomes a Python number, because a float64 scalar would turn other operands into float64. Raises
+    TypeError for anything else, for np.matrix (its `*` is the matrix product), and for masked arrays.
     """
     if isinstance(x, np.generic):
         return x.item()
@@ -73,19 +73,19 @@ def plain(x: Any, who: str) -> Any:
 
 
 def all_finite(arrays: Iterable[Array]) -> bool:
-    """Whether no array holds a NaN or an infinity; asks the device for one answer."""
+    """Whether no array holds a NaN or an infinity. Copies a single value from the device."""
     arrays = [a for a in arrays if a.size and a.dtype.kind == "f"]
     if not arrays:
         return True
     xp = array_module(arrays[0])
-    # A maximum hands NaN on, and finds an infinity; unlike a sum it cannot overflow.
+    # The maximum and the minimum propagate NaN and infinities; unlike a sum they cannot overflow.
     return bool(xp.isfinite(xp.stack([f(a) for a in arrays for f in (xp.max, xp.min)])).all())
 
 
 def largest(x: Array, axis: Any) -> Array:
-    """The maximum along `axis` (an axis or several), kept as axes of length 1; 0 where there is nothing.
+    """The maximum along `axis` (one or several), kept as axes of length 1; 0 where there are no elements.
 
-    What is subtracted before exp, so that it cannot overflow.
+    It is subtracted before exp, so that exp cannot overflow.
     """
     axes = normalize_axis_tuple(axis, x.ndim)
     if all(x.shape[i] for i in axes):
@@ -94,7 +94,7 @@ def largest(x: Array, axis: Any) -> Array:
 
 
 def scatter_add(total: Array, index: Array, values: Array) -> None:
-    """`total[index] += values`, each value of a repeated index too: total (V, C), index (N,), values (N, C).
+    """`total[index] += values`, where repeated indices add up: total (V, C), index (N,), values (N, C).
 
     The values of one index are summed in at least float32 and added once.
     """
@@ -115,13 +115,13 @@ def scatter_add(total: Array, index: Array, values: Array) -> None:
 def keep_freed_memory() -> None:
     """Ask the C library to keep the memory of freed arrays for the next ones, for the rest of the process.
 
-    By default glibc returns a large block to the kernel as soon as it is freed, and the kernel hands it out again
-    zeroed and page by page. A training step frees and allocates the same sizes over and over, and would spend
-    a fifth of its time so (4 layers, 128 wide). Does nothing where the C library is not glibc.
+    By default glibc returns a large block to the kernel as soon as it is freed, and the kernel must map and zero its
+    pages again at the next allocation. A training step frees and allocates the same sizes again and again, and this
+    would take a fifth of its time (4 layers, 128 wide). Does nothing if the C library is not glibc.
     """
     M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8  # <malloc.h>
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, 1 << 30)
         mallopt(M_TRIM_THRESHOLD, (1 << 31) - 1)
-        mallopt(M_ARENA_MAX, 1)  # a thread's own arena would give back what it frees all the same
+        mallopt(M_ARENA_MAX, 1)  # a per-thread arena would still return what it frees

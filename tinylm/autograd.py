@@ -1,8 +1,8 @@
 """The tape: reverse-mode automatic differentiation over arrays.
 
 Running an op records one node, and an `Op` instance *is* that node: it holds its parents and the arrays that its
-backward needs. `backward()` walks the nodes from the newest to the oldest and hands each its output's gradient. That is
-all there is to it; the mathematics is in `tinylm/ops/`.
+backward needs. `backward()` walks the nodes from the newest to the oldest and passes each the gradient of its output.
+The mathematics is in `tinylm/ops/`.
 """
 
 import itertools
@@ -36,12 +36,12 @@ def no_grad() -> Block:
 
 
 def enable_grad() -> Block:
-    """Record inside the `with` block even if the surroundings do not."""
+    """Record inside the `with` block even where recording was off."""
     return Block(recording=True)
 
 
 def detect_anomaly() -> Block:
-    """Look for what goes wrong silently, and name the op. Slow.
+    """Check for silent errors, and name the op. Slow.
 
     Raises FloatingPointError at the first op whose output or gradient is not finite, and RuntimeError where an array
     that an op saved was changed between forward and backward.
@@ -59,24 +59,24 @@ class Op:
 
     Subclasses write `forward(*arrays)`, which returns an array (or a tuple of arrays) and saves what `backward` needs
     with `self.save`, and `backward(dy)`, which takes the gradient of the loss with respect to the output and returns
-    one per input (None for an input that has none: integers, constants). Both see raw arrays of float32 or float64.
-    Keyword parameters of `apply` are attributes.
+    one per input (None for an input without a gradient: integers, constants). Both take raw float32 or float64 arrays.
+    Keyword parameters of `apply` become attributes.
 
     An op may change in place only arrays that it allocated: never `dy`, never an input.
     """
 
-    promotes: ClassVar[slice | None] = None  # these inputs come in their common dtype; see dtypes.py
-    floats: ClassVar[slice | None] = None  # of these inputs, integers and booleans come as float32
+    promotes: ClassVar[slice | None] = None  # these inputs are converted to their common dtype; see dtypes.py
+    floats: ClassVar[slice | None] = None  # of these inputs, integers and booleans are converted to float32
     broadcasts: ClassVar[bool] = False  # the engine sums a gradient over the axes along which its input was stretched
     autocasts: ClassVar[str] = ""  # under autocast, cast its floating "inputs" or its "output"
-    half: ClassVar[str] = "rounded"  # float16: "rounded", "loss" or, where numbers only move, "as it is"; see half.py
+    half: ClassVar[str] = "rounded"  # float16: "rounded", "loss" or, if values are only moved, "as it is"; see half.py
     takes_none: ClassVar[bool] = False  # backward gets None, not zeros, for an output that the loss does not depend on
 
     parents: Sequence[Union["Op", "Tensor", None]] | None = ()
     saved: tuple[Any, ...] = ()
-    needs: Sequence[bool] = ()  # needs[i]: somebody wants the gradient of input i
-    override: registry.override | None = None  # which block put this class in force
-    prints: Any = None  # what detect_anomaly() compares
+    needs: Sequence[bool] = ()  # needs[i]: input i requires a gradient
+    override: registry.override | None = None  # the `override` block that chose this class
+    prints: Any = None  # checksums of the saved arrays, for detect_anomaly()
 
     def forward(self, *arrays: Any) -> Any:
         raise NotImplementedError(f"{self.name()} has no forward")
@@ -86,7 +86,7 @@ class Op:
 
     @classmethod
     def supports(cls, *arrays: Any, **params: Any) -> bool:
-        """For a twin: whether it handles these inputs. A new twin supports everything until it says otherwise."""
+        """For a twin: whether it handles these inputs. By default it handles all."""
         return True
 
     @classmethod
@@ -94,7 +94,7 @@ class Op:
         return cls.__name__
 
     def save(self, *arrays: Any) -> None:
-        """Keep arrays (or anything else) for backward as `self.saved`; does nothing where nothing is recorded."""
+        """Keep arrays (or anything else) for backward as `self.saved`; does nothing if the op is not recorded."""
         if True in self.needs:
             self.saved = arrays
 
@@ -151,13 +151,13 @@ class Op:
     @classmethod
     def _gather(cls, inputs: Sequence[Any], recording: bool) -> Any:
         """The raw arrays of the inputs, which of them need a gradient, their parents and slots, float16 or None."""
-        # One plain loop, since every op comes through here: on small arrays each further pass could be felt.
+        # One plain loop, since every op runs it: on small arrays each further pass would cost measurable time.
         arrays: list[Any] = []
         needs: list[bool] = []
         parents: list[Op | Tensor | None] = []
         slots: list[int] = []
         kind = dtype = None
-        alike = True  # all arrays of one device and of one dtype, float32 or float64
+        alike = True  # all arrays are on one device and of one dtype, float32 or float64
         for x in inputs:
             if isinstance(x, Tensor):
                 need = recording and x.requires_grad
@@ -191,9 +191,9 @@ def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) ->
 
     Takes one tensor and its gradient, or a list of each (summed over). A gradient has its tensor's shape and dtype;
     None stands for 1, for a tensor of one element. Each node is released as soon as it has been walked, so memory falls
-    as backward goes, and what was walked cannot be walked again. A backward that fails leaves every `grad` as it was.
-    Raises RuntimeError for a tensor without a graph, or whose graph is spent, and for gradients of the wrong shape or
-    dtype; an error in an op's backward keeps its type and gets a note that names the op.
+    during backward, and a graph can be walked only once. A backward that fails leaves every `grad` as it was.
+    Raises RuntimeError for a tensor without a graph, or with one already walked, and for gradients of the wrong shape
+    or dtype; an error in an op's backward keeps its type and gets a note that names the op.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else tensors
     grads = grads if isinstance(grads, list | tuple) else [grads] * len(tensors)
@@ -204,7 +204,7 @@ def backward(tensors: Union["Tensor", Sequence["Tensor"]], grads: Any = None) ->
 
 
 def _seed(tensor: "Tensor", grad: Array | None) -> Array:
-    """The gradient that a root starts with, checked."""
+    """The checked gradient that a root starts with."""
     if not tensor.requires_grad:
         raise RuntimeError(
             "backward() needs a tensor that requires a gradient; this one was made without one (no_grad?)"
@@ -224,8 +224,8 @@ class Walk:
 
     def __init__(self) -> None:
         self.nodes: list[Op] = []  # the newest last
-        self.sums: dict[Any, Array] = {}  # of an op's output (the op; (op, slot) where slot > 0) or of a leaf
-        self.ours: set[Any] = set()  # keys of sums that nobody else holds: the walk may add to them in place
+        self.sums: dict[Any, Array] = {}  # by op (output 0), (op, slot) for slot > 0, or leaf
+        self.ours: set[Any] = set()  # keys of the sums that only the walk holds: it may add to them in place
         self.leaves: list[Tensor] = []
 
     def begin(self, roots: Sequence[tuple["Tensor", Array]], since: int = 0) -> None:
@@ -242,7 +242,8 @@ class Walk:
             dys = [self.sums.pop(op, None)]
             if len(op.outputs) > 1:
                 dys += [self.sums.pop((op, slot), None) for slot in range(1, len(op.outputs))]
-            if dys[0] is None and all(dy is None for dy in dys):  # below a recomputed part that did not use this input
+            # No gradient arrived: a recomputed part did not use this input.
+            if dys[0] is None and all(dy is None for dy in dys):
                 op.parents, op.saved = None, ()
                 continue
             try:
@@ -260,7 +261,7 @@ class Walk:
             op.parents, op.saved = None, ()
             if record.tracker is not None:
                 record.tracker.look(self)
-            del dys  # otherwise one more node's gradients would stay alive while the next one runs
+            del dys  # otherwise these gradients would stay alive while the next node runs
         with _adding:
             for leaf in self.leaves:
                 total = self.sums[leaf]
@@ -290,7 +291,7 @@ class Walk:
     def add(
         self, target: Union[Op, "Tensor"], slot: int, dx: Array, op: Op | None = None, *held: Sequence[Any]
     ) -> None:
-        """Add `dx` to the sum of a target: what `op` returned, which may still hold it, as may the lists `held`."""
+        """Add `dx`, returned by `op`, to the sum of a target. `op` and the lists `held` may still refer to `dx`."""
         key = target if slot == 0 else (target, slot)
         before = self.sums.get(key)
         if before is None:
@@ -310,12 +311,12 @@ class Unfolding(Op):
     """An op that stands for a graph of its own: backward walks that graph in its place; see recompute.py."""
 
     def unfold(self, walk: Walk, dys: list[Any]) -> None:
-        """Build the graph, and let the walk begin at its end."""
+        """Build the graph and add its outputs to the walk as new roots."""
         raise NotImplementedError
 
 
 def reachable(roots: Sequence[Op], since: int = 0) -> list[Op]:
-    """Every node from `since` on below `roots`, oldest first. A loop: graphs are deeper than Python's stack."""
+    """Every node at or below `roots`, from order `since` on, oldest first. No recursion: graphs may be very deep."""
     seen = {op for op in roots if op.order >= since}
     stack = list(seen)
     while stack:
@@ -333,9 +334,9 @@ def reachable(roots: Sequence[Op], since: int = 0) -> list[Op]:
 
 
 def _fitted(op: Op, i: int, dx: Any, spec: Any) -> Array:
-    """What `op` returned for its input `i`, brought to that input's shape and dtype where an op may leave it to us."""
+    """The gradient of input `i`, unbroadcast and cast to the input's shape and dtype where the op's class allows it."""
     if is_array(dx) or isinstance(dx, np.generic):
-        dx = np.asarray(dx) if isinstance(dx, np.generic) else dx  # NumPy's arithmetic on shape () returns scalars
+        dx = np.asarray(dx) if isinstance(dx, np.generic) else dx  # NumPy returns scalars for shape ()
         if op.broadcasts:
             dx = unbroadcast(dx, spec[0])
         if op.promotes is not None or op.floats is not None:
@@ -345,7 +346,7 @@ def _fitted(op: Op, i: int, dx: Any, spec: Any) -> Array:
 
 
 def _is_fresh(dx: Array, leaf: "Tensor", op: Op, dys: Sequence[Any], dxs: Sequence[Any]) -> bool:
-    """Whether a leaf may keep `dx` as its own: not a view, not held by the op, its dy, another input or the leaf."""
+    """Whether a leaf may own `dx`: it is no view, and not held by the op, its dys, another input's dx or the leaf."""
     if dx.base is not None or dx is leaf.data or leaf.data.base is dx:
         return False
     for held in (dys, op.saved, vars(op).values()):
@@ -356,7 +357,7 @@ def _is_fresh(dx: Array, leaf: "Tensor", op: Op, dys: Sequence[Any], dxs: Sequen
 
 
 def unbroadcast(dy: Array, shape: tuple[int, ...]) -> Array:
-    """Undo broadcasting: sum `dy` over the axes that were stretched from `shape`; float16 in float32."""
+    """Undo broadcasting: sum `dy` over the axes that were stretched from `shape`; float16 is summed in float32."""
     if dy.shape == shape:
         return dy
     extra = dy.ndim - len(shape)
@@ -371,4 +372,4 @@ def _filled(grads: list[Array | None], outputs: Sequence[Any]) -> list[Array]:
     return [xp.zeros(*spec) if dy is None else dy for dy, spec in zip(grads, outputs, strict=True)]
 
 
-from .tensor import Tensor  # noqa: E402  (tensor.py gives Tensors the ops, and those need the Op above)
+from .tensor import Tensor  # noqa: E402  (tensor.py imports the ops, and these need the Op above)

@@ -1,4 +1,4 @@
-"""What the command-line programs share: flags made of a dataclass, one line for a mistake, a view of the run."""
+"""Shared by the command-line programs: flags from a dataclass, one-line errors, progress of a run."""
 
 import argparse
 import os
@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Every flag's default behind its help, except where it is None: such a help says itself what happens then."""
+    """Adds each flag's default to its help, unless the default is None: such a help text describes it itself."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -46,7 +46,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_options(group: Any, config: type, **helps: str) -> None:
-    """A flag for each field of `config`, a dataclass, that `helps` names: --n-layer for n_layer, with its default."""
+    """Add a flag with its default for each field of the dataclass `config` named in `helps`: --n-layer for n_layer."""
     known = {field.name: field for field in fields(config)}
     for name, text in helps.items():
         field = known[name]
@@ -57,7 +57,7 @@ def add_options(group: Any, config: type, **helps: str) -> None:
 
 
 def from_options(config: type[Config], options: argparse.Namespace, **more: Any) -> Config:
-    """The dataclass `config` made of the flags that bear its fields' names, and of `more`."""
+    """The dataclass `config` made from the flags with its fields' names, and from `more`."""
     names = [field.name for field in fields(config)]  # type: ignore[arg-type]
     return config(**{name: getattr(options, name) for name in names if name in options}, **more)
 
@@ -79,14 +79,14 @@ def at_least(low: float, kind: Callable[[str], Any] = int) -> Callable[[str], An
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a program, and end it as a shell expects: what stopped it in one line, and its status.
+    """Run a program, and exit as a shell expects: one line that says what stopped it, and a status.
 
-    0 done, 1 failed on the way, 2 a mistake in the arguments (see Parser), 130 Ctrl-C.
+    0: done; 1: failed while running; 2: a mistake in the arguments (see Parser); 130: Ctrl-C.
     """
     program = os.path.basename(sys.argv[0])
-    np.seterr(over="ignore", invalid="ignore")  # the training loop looks for what is not finite, and says it better
+    np.seterr(over="ignore", invalid="ignore")  # the training loop checks for non-finite values itself
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may know fewer characters than the text
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may lack characters of the text
     try:
         main()
         sys.stdout.flush()
@@ -109,7 +109,7 @@ def run(main: Callable[[], None]) -> NoReturn:
 
 
 class Stopped(Exception):
-    """A run ended, in order, because a signal asked for it. Ends the program with 128 + the signal's number."""
+    """A signal ended the run after a complete step. The program exits with 128 + the signal's number."""
 
     def __init__(self, number: int, stands: str):
         super().__init__(stands)
@@ -117,9 +117,9 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Inside, Ctrl-C and SIGTERM wait for the program to look: `stop.signal` is then the signal's number, else 0.
+    """Inside, Ctrl-C and SIGTERM only set `stop.signal` to the signal's number (0 before); the program must check it.
 
-    So a step is never cut in half. A second Ctrl-C does not wait.
+    So a step is never interrupted in the middle. A second Ctrl-C interrupts at once.
     """
 
     def __init__(self) -> None:
@@ -140,7 +140,7 @@ class Stop:
 
 
 def tell_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
-    """Print what a resumed run does otherwise than it did until `step`, and what that means for its schedule."""
+    """Print which settings of a resumed run differ from those until `step`, and the effect on its schedule."""
     for name, value in now.items():
         if name in before and before[name] != value and name != "steps":
             print(f"note: {name} was {before[name]} and is {value} from here on")
@@ -158,7 +158,7 @@ def tell_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> None
 
 
 class Smooth:
-    """An exponential moving average over about 1 / (1 - beta) values, unbiased from the first one on."""
+    """An exponential moving average over about 1 / (1 - beta) values, with bias correction."""
 
     def __init__(self, beta: float = 0.98):
         self.beta = beta
@@ -178,7 +178,7 @@ class Progress:
         for step in train(...):
             progress.show(step)
 
-    Ctrl-C inside comes out as a KeyboardInterrupt that says how far the run had come.
+    Ctrl-C inside raises a KeyboardInterrupt that says how far the run had come.
     """
 
     def __init__(self, steps: int, done: int = 0):
@@ -207,7 +207,7 @@ class Progress:
             raise KeyboardInterrupt(self.stands) from None
 
     def show(self, step: Step) -> None:
-        """Tell of a step that was done."""
+        """Show a finished step."""
         now = perf_counter()
         at = f"{step.step:{len(str(self.steps))}}/{self.steps}"
         loss = f"loss {step.loss:.3f} smoothed {self.loss.add(step.loss):.3f}"
@@ -230,12 +230,12 @@ class Progress:
             self.due = now + self.period
 
     def say(self, message: str) -> None:
-        """Print a line of its own."""
+        """Print a separate line."""
         self.console.print(message, soft_wrap=True)
 
     @contextmanager
     def disk_trouble(self, what: str) -> Iterator[None]:
-        """Inside, an OSError (a full disk) is told once, and the run goes on: what was saved before is still there."""
+        """Inside, an OSError (a full disk) is reported once, and the run continues: what was saved before is kept."""
         try:
             yield
             self.troubles.discard(what)

@@ -1,10 +1,10 @@
-"""Ops out of smaller ones, as functions of Tensors: engine "composed".
+"""Ops composed of smaller ones, as functions of Tensors: engine "composed".
 
     with tinylm.engines("composed"):
         loss = model.loss(x, y)
 
-Nothing here has a backward of its own: the tape finds it. So this is where an op's formula can be read as one would
-write it in PyTorch, where a student's own softmax runs inside attention, and one more oracle for the ops' backwards.
+Nothing here has a backward of its own: the tape computes it. Each formula reads as one would write it in PyTorch. With
+this engine a student's own softmax runs inside attention, and the tests compare the ops' backwards with it.
 """
 
 import math
@@ -26,7 +26,7 @@ from .tensor import Tensor
 
 
 def composed(op: Any, *parts: Any) -> Callable[[Any], Any]:
-    """Decorator: register a function of Tensors for `op`, which runs the ops `parts` among others."""
+    """Decorator: register a function of Tensors for `op`. It runs the ops `parts`, among others."""
 
     def register(function: Any) -> Any:
         function.parts = parts

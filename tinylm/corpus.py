@@ -1,11 +1,11 @@
-"""Text larger than memory: a file of tokens that is written in pieces, and that training reads where it lies.
+"""Text larger than memory: a file of tokens that is written in pieces, and memory-mapped for training.
 
     python -m tinylm.data prepare FILE [FILE ...] --out DIR
 
-DIR then holds tokens.bin, the tokens as little-endian numbers of two or four bytes, and header.json, which says what
-they are: format, version, dtype (uint16 or uint32), tokens (how many), vocabulary (the characters in the order of their
+DIR then holds tokens.bin, the tokens as little-endian numbers of two or four bytes, and header.json, which describes
+them: format, version, dtype (uint16 or uint32), tokens (how many), vocabulary (the characters in the order of their
 ids), sources (names and sizes of the files) and sha256 (of tokens.bin, the fingerprint of the data). Several files are
-joined in the given order with nothing in between: the first character of one follows the last of the one before.
+joined in the given order with nothing in between.
 """
 
 import hashlib
@@ -32,15 +32,15 @@ CODE_POINTS = 0x110000  # of Unicode
 CHANGED = "the text changed while it was being read"
 PERIOD = 5.0  # seconds between two lines of progress where there is no terminal
 
-Show = Callable[[str, int], None]  # is told what is being done, and how many bytes of the text have been read for it
+Show = Callable[[str, int], None]  # takes the name of the current task and the bytes of text read so far
 
 
 def prepare(files: Sequence[str | Path], out: str | Path, force: bool = False, show: Show = lambda *_: None) -> dict:
     """Write the tokens of text files into the folder `out`, whole or not at all, and return their header.
 
-    The files are read twice, for their vocabulary and for their tokens; no more than a piece of one is in memory at a
-    time. Raises ValueError for a file that is no text, and for a folder that holds tokens already, unless `force` says
-    to replace them; OSError where there is no room.
+    The files are read twice, for their vocabulary and for their tokens; only one piece is in memory at a time.
+    Raises ValueError for a file that is not text, and for a folder that already holds tokens unless `force` is true
+    (then they are replaced); OSError if the disk is full.
     """
     sources = [{"name": os.fspath(path), "bytes": _size(path)} for path in files]
     with _folder(out) as folder:
@@ -48,8 +48,8 @@ def prepare(files: Sequence[str | Path], out: str | Path, force: bool = False, s
             if (folder / name).exists() and not force:
                 raise ValueError(f"{folder} already holds {name}: choose another folder, or replace it with --force")
         vocabulary, count = _survey(_texts(files, "vocabulary", show))
-        dtype = "uint16" if len(vocabulary) < 1 << 16 else "uint32"  # one id more than there are means: unknown
-        for left_behind in (*folder.glob(f".{TOKENS}.*"), *folder.glob(f".{HEADER}.*")):  # by a program that was killed
+        dtype = "uint16" if len(vocabulary) < 1 << 16 else "uint32"  # it must also hold one extra id, for "unknown"
+        for left_behind in (*folder.glob(f".{TOKENS}.*"), *folder.glob(f".{HEADER}.*")):  # by a killed process
             left_behind.unlink()
         try:
             with replacing(folder / HEADER) as header_file, replacing(folder / TOKENS) as tokens_file:
@@ -63,23 +63,23 @@ def prepare(files: Sequence[str | Path], out: str | Path, force: bool = False, s
                 header = {**FORMAT, "dtype": dtype, "tokens": count, "vocabulary": vocabulary.characters}
                 header |= {"sources": sources, "sha256": sha256.hexdigest()}
                 header_file.write(json.dumps(header, indent=2).encode() + b"\n")
-                for file in (tokens_file, header_file):  # all that can fail is done before a name changes
+                for file in (tokens_file, header_file):  # everything that can fail comes before the renaming
                     file.flush()
                     os.fsync(file.fileno())
-                (folder / HEADER).unlink(missing_ok=True)  # so that no header ever stands beside another's tokens
+                (folder / HEADER).unlink(missing_ok=True)  # so that header and tokens never belong to different texts
         except OSError as error:
             raise OSError(f"cannot write into {folder}: {error.strerror or error}; nothing was kept") from None
     return header
 
 
 class Tokens(np.memmap):
-    """A file of tokens as an array that stays on disk: a look at it lets go of the pages of earlier looks.
+    """A memory-mapped file of tokens: each indexing first releases the pages of earlier ones.
 
-    Without that, every page that was ever touched would count as memory of this process until the system wants it
-    back, and after a while of random batches that is the whole file.
+    Otherwise every page that was ever read would count as memory of this process until the system reclaims it, and
+    after many random batches that is the whole file.
     """
 
-    _mmap: mmap.mmap | None  # NumPy's, which arrays computed from this one do not have
+    _mmap: mmap.mmap | None  # NumPy's; None for arrays computed from this one
 
     def __getitem__(self, index: Any) -> Any:
         if self._mmap is not None:
@@ -94,7 +94,7 @@ def open_tokens(folder: str | Path) -> tuple[Tokens, Vocabulary, str]:
     dtype, count, vocabulary, fingerprint = _read_header(Path(folder) / HEADER)
     size = _size(path)
     if size != count * dtype.itemsize:
-        raise ValueError(f"{path} has {size} bytes, but {count * dtype.itemsize} by its header: it is not whole")
+        raise ValueError(f"{path} has {size} bytes, but {count * dtype.itemsize} by its header: it is damaged")
     tokens = Tokens(path, dtype, "r")
     for start in range(0, count, CHUNK):
         piece = tokens[start : start + CHUNK]
@@ -107,13 +107,13 @@ def open_tokens(folder: str | Path) -> tuple[Tokens, Vocabulary, str]:
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int, Vocabulary, str]:
-    """(dtype, number of tokens, vocabulary, sha256), each of them sensible."""
+    """(dtype, number of tokens, vocabulary, sha256), checked."""
     try:
         content = path.read_bytes()
     except OSError as error:
-        remedy = "python -m tinylm.data prepare makes such a folder of texts"
+        remedy = "python -m tinylm.data prepare makes such a folder from texts"
         raise ValueError(f"cannot read {path}: {error.strerror}; {remedy}") from None
-    problem = "is damaged, or not of tinylm"
+    problem = "is damaged, or was not written by tinylm"
     try:
         header = json.loads(content)
         if header["format"] != FORMAT["format"]:
@@ -145,26 +145,26 @@ def _survey(texts: Iterator[str]) -> tuple[Vocabulary, int]:
     seen, count = np.zeros(CODE_POINTS, bool), 0
     for text in texts:
         count += len(text)
-        if text.isascii():  # a look at each character is slow: take out first what is known
+        if text.isascii():  # first drop the characters already seen, which is faster than looking up each
             text = text.encode().translate(None, np.flatnonzero(seen[:128]).astype(np.uint8).tobytes()).decode()
         seen[code_points(text)] = True
     return Vocabulary("".join(map(chr, np.flatnonzero(seen)))), count
 
 
 def _encoded(texts: Iterator[str], vocabulary: Vocabulary, dtype: np.dtype) -> Iterator[np.ndarray]:
-    """The tokens of each piece: what `vocabulary.encode` gives, several times as fast, by a table of all Unicode."""
+    """The tokens of each piece, as `vocabulary.encode` gives them, but several times faster: a table of all Unicode."""
     unknown = len(vocabulary)
     table = np.full(CODE_POINTS, unknown, dtype)
     table[code_points(vocabulary.characters)] = np.arange(unknown)
     for text in texts:
-        ids = table.take(code_points(text), mode="clip")  # nothing to clip, but it spares a check of every index
+        ids = table.take(code_points(text), mode="clip")  # nothing to clip; this mode skips the check of every index
         if len(ids) and ids.max() == unknown:
             raise ValueError(CHANGED)
         yield ids
 
 
 def _size(path: str | Path) -> int:
-    """The bytes of a file that can be read, more than once."""
+    """The size in bytes of a file. Raises ValueError if it cannot be read twice."""
     try:
         if stat.S_ISFIFO(os.stat(path).st_mode):
             raise ValueError(f"cannot read {path} twice: save it as a file first")
@@ -176,7 +176,7 @@ def _size(path: str | Path) -> int:
 
 @contextmanager
 def _folder(path: str | Path) -> Iterator[Path]:
-    """A folder to write into; where the block fails, what had to be made for it goes again."""
+    """A folder to write into; if the block fails, the folders that were made for it are removed."""
     made = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
     try:
         yield writable_folder(path)
@@ -191,10 +191,10 @@ def main() -> None:
     """The command."""
     parser = Parser("Turn texts, of any size, into tokens on disk. Train on them with: train_char.py --data DIR")
     parser.prog = "python -m tinylm.data"
-    parser.add_argument("command", choices=("prepare",), help="the only one there is")
+    parser.add_argument("command", choices=("prepare",), help="the only command")
     parser.add_argument("files", metavar="FILE", nargs="+", help="texts in UTF-8, joined in this order without a gap")
     parser.add_argument("--out", metavar="DIR", required=True, help=f"folder for {TOKENS} and {HEADER}")
-    parser.add_argument("--force", action="store_true", help="replace the tokens that are in DIR already")
+    parser.add_argument("--force", action="store_true", help="replace the tokens that are already in DIR")
     args = parser.parse_args()
 
     started = perf_counter()

@@ -9,18 +9,18 @@ import numpy as np
 
 from . import random
 
-CHUNK = 1 << 20  # bytes of a text, or tokens, that are worked on at a time: its arrays stay in the cache
+CHUNK = 1 << 20  # bytes of text, or tokens, processed at a time: the arrays stay in the cache
 
 
 def language_reference() -> str:
-    """The reference of the Python language, a text of 0.5 MB that comes with every installation of Python."""
+    """The Python language reference, a text of 0.5 MB that comes with every installation of Python."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file. Raises ValueError that says why it cannot be had: unreadable, empty, not text."""
+    """The text of a UTF-8 file. Raises ValueError that says why not: unreadable, empty, or not text."""
     return "".join(text for text, _ in read_chunks(path))
 
 
@@ -41,7 +41,7 @@ def read_chunks(path: str | Path, size: int = CHUNK) -> Iterator[tuple[str, int]
                 if 0 in content:
                     raise ValueError(f"{path} is not text: byte 0x00 at offset {offset + content.index(0)}")
                 if offset == 0:
-                    text = text.removeprefix("\ufeff")  # a byte-order mark, as some editors put it
+                    text = text.removeprefix("\ufeff")  # the byte-order mark that some editors write
                 offset += len(content)
                 length += len(text)
                 if not content:
@@ -54,7 +54,7 @@ def read_chunks(path: str | Path, size: int = CHUNK) -> Iterator[tuple[str, int]
 
 
 class Vocabulary:
-    """One token per character. `characters` in the order of their ids; sorted, if made from a text."""
+    """One token per character. `characters` are in the order of their ids; `of(text)` sorts them."""
 
     def __init__(self, characters: str):
         if len(set(characters)) != len(characters) or not characters:
@@ -65,14 +65,14 @@ class Vocabulary:
 
     @classmethod
     def of(cls, text: str) -> "Vocabulary":
-        """The vocabulary of the characters that stand in `text`."""
+        """The vocabulary of the characters of `text`."""
         return cls("".join(sorted(set(text))))
 
     def __len__(self) -> int:
         return len(self.characters)
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (N,), uint16 or uint32. Raises ValueError that names the characters it does not know."""
+        """Token ids (N,), uint16 or uint32. Raises ValueError that names the unknown characters."""
         codes = code_points(text)
         place = np.searchsorted(self._codes, codes, sorter=self._order).clip(max=len(self) - 1)
         ids = self._order[place]
@@ -108,7 +108,7 @@ def split(
 
 
 def fingerprint(tokens: np.ndarray) -> str:
-    """Identifies tokens by their values: the SHA-256 of their bytes, in hexadecimal."""
+    """The SHA-256 of the tokens' bytes, in hexadecimal: it identifies the data."""
     return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
 
 
@@ -117,9 +117,9 @@ def get_batch(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Inputs and targets (n, block_size), int64, of micro-batch `micro` of `micros` of one step.
 
-    A step's batch of `batch_size` sequences depends on (seed, step) alone, and its micro-batches are parts of it, as
-    equal as can be: however it is divided, a step sees the same sequences. A target is the token after the
-    input. Raises ValueError for fewer than block_size + 1 tokens.
+    A step's batch of `batch_size` sequences depends only on (seed, step). Its micro-batches are parts of it, of nearly
+    equal size, so a step sees the same sequences however it is divided. A target is the token after the input.
+    Raises ValueError for fewer than block_size + 1 tokens.
     """
     positions = len(tokens) - block_size
     if positions < 1:

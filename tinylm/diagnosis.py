@@ -1,6 +1,6 @@
-"""What a run's curves say: the condition, the evidence, and what to try, as a teacher would put it.
+"""Diagnosis of a training run from its curves: the condition, the evidence, and what to try.
 
-`diagnose(records)` looks back over a run; `Monitor` looks on while it runs, with the same rules. A record is a line of
+`diagnose(records)` examines a finished run; `Monitor` applies the same rules while it runs. A record is a line of
 `metrics.jsonl`: a step's (`loss`, `lr`, `grad_norm`, ...) or an evaluation's (`val_loss`).
 """
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-BLOCK = 10  # steps between two looks at the curves
+BLOCK = 10  # steps between two checks of the curves
 WINDOW = 100  # steps that count as recent
 
 
@@ -32,10 +32,10 @@ class Finding:
 
 
 def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a metrics.jsonl, one after another, so that a long run need not fit into memory.
+    """The records of a metrics.jsonl, one at a time, so that a long run need not fit into memory.
 
-    A last line that was cut off, by a run that was killed, is left out. Raises ValueError that names the file and the
-    line for anything else that is not a record.
+    An incomplete last line, as a killed run leaves it, is skipped. Raises ValueError that names the file and the line
+    for anything else that is not a record.
     """
     try:
         with open(path, "rb") as file:
@@ -47,7 +47,7 @@ def read_metrics(path: str | Path) -> Iterator[dict[str, Any]]:
                     yield _record(line)
                 except ValueError as error:
                     broken = f"{path}, line {number}: {error}"
-            if broken and line.endswith(b"}\n"):  # a whole line, though a wrong one
+            if broken and line.endswith(b"}\n"):  # a complete line, but wrong
                 raise ValueError(broken)
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
@@ -67,7 +67,7 @@ def _record(line: bytes) -> dict[str, Any]:
 
 
 def diagnose(records: Iterable[Mapping[str, Any]]) -> list[Finding]:
-    """Everything that was wrong with a run, or still is at its end; what ruined it first. Empty for a healthy one."""
+    """Everything wrong with a run that has not passed by its end, the most severe first. Empty for a healthy run."""
     monitor = Monitor()
     for record in records:
         monitor.update(record)
@@ -75,14 +75,14 @@ def diagnose(records: Iterable[Mapping[str, Any]]) -> list[Finding]:
 
 
 class Monitor:
-    """Watches a run. `update(record)` returns what it newly finds: each condition once, and again if it gets worse.
+    """Watches a run. `update(record)` returns new findings: each condition once, and again if it gets worse.
 
-    A step costs a few microseconds, however long the run: sums are kept up to date, and only the last WINDOW steps are
-    looked at again. What grows is one number every BLOCK steps, the sum of the losses up to there.
+    A step costs a few microseconds, however long the run: it updates running sums and examines only the last WINDOW
+    steps. Memory grows by one number every BLOCK steps, the sum of the losses so far.
     """
 
     def __init__(self) -> None:
-        self._found: dict[str, Finding] = {}  # what was wrong or is
+        self._found: dict[str, Finding] = {}  # by condition, without those that have passed
         self._told: dict[str, int] = {}  # the level at which a condition was reported
         self._new: list[Finding] = []
 
@@ -90,13 +90,13 @@ class Monitor:
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._clipped: deque[bool] = deque(maxlen=WINDOW)
-        self._steps = 0  # that had a finite loss
+        self._steps = 0  # with a finite loss
         self._sum = 0.0
         self._sums = [0.0]  # of the losses, after each block
         self._first_loss = math.nan
         self._last_good = ""
         self._lowest: tuple[float, int, float | None] = (math.inf, 0, None)  # a block's mean loss, its step and lr
-        self._above_lowest = 0  # blocks in a row whose mean lay clearly above the lowest
+        self._above_lowest = 0  # consecutive blocks with a mean clearly above the lowest
 
         self._lr: float | None = None
         self._peak_lr = 0.0
@@ -107,10 +107,10 @@ class Monitor:
         self._scale: float | None = None
         self._halvings: deque[tuple[int, float]] = deque(maxlen=20)
         self._best_val: tuple[float, int, float] | None = None  # loss, step, training loss
-        self._worse_vals = 0  # evaluations in a row that were clearly worse than the best
+        self._worse_vals = 0  # consecutive evaluations clearly worse than the best
 
     def update(self, record: Mapping[str, Any]) -> list[Finding]:
-        """Take in a step's or an evaluation's record; returns what is newly found, or found worse."""
+        """Add a step's or an evaluation's record; returns the findings that are new or got worse."""
         self._new = []
         self._step = record["step"]
         if "loss" in record:
@@ -120,7 +120,7 @@ class Monitor:
         return self._new
 
     def diagnosis(self) -> list[Finding]:
-        """What was found so far and has not passed, the worst first; the evidence is as fresh as can be."""
+        """The findings that have not passed, the worst first, with their latest evidence."""
         return sorted(self._found.values(), key=lambda finding: (-finding.level, finding.step))
 
     def _find(self, condition: str, evidence: str, advice: str, level: int = 1) -> None:
@@ -223,7 +223,7 @@ class Monitor:
     # --- every BLOCK steps --------------------------------------------------------------------------------------------
 
     def _mean(self, start: float, end: float) -> float:
-        """The mean loss between two shares of the run, such as 0.75 and 1; of one block at least."""
+        """The mean loss between two fractions of the run, such as 0.75 and 1; of at least one block."""
         blocks = len(self._sums) - 1
         b = max(1, round(blocks * end))
         a = min(b - 1, round(blocks * start))
@@ -234,7 +234,7 @@ class Monitor:
         return (self._sums[index + 1] - self._sums[index]) / BLOCK
 
     def _look_at_rise(self) -> None:
-        """The loss against the lowest it ever was: exploding, and whether the learning rate's rise did it."""
+        """Compare the loss with its lowest: is it exploding, and did the rise of the learning rate cause it?"""
         now = self._block(len(self._sums) - 2)
         if self._steps == BLOCK:
             self._lowest = (self._first_loss, self._step - BLOCK + 1, None)
@@ -266,11 +266,11 @@ class Monitor:
             self._find("learning rate too high", evidence, advice)
 
     def _look_at_progress(self) -> None:
-        """Whether the loss falls as it should, once the learning rate has been up for a while."""
+        """Whether the loss falls as it should, some time after the learning rate reached its peak."""
         if self._steps < 150 or (self._lr is not None and self._lr < 0.1 * self._peak_lr):
-            return  # too early to tell; or the schedule is at its end, where little moves
+            return  # too early to tell; or the schedule is near its end, where the loss changes little
         if "gradients vanishing" in self._found:
-            return  # that is why
+            return  # the cause is known
         rising = self._step - self._peak_step < BLOCK and self._peak_step > BLOCK
         if self._lr is not None and (rising or self._step - self._peak_step < WINDOW) and self._peak_lr >= 3e-5:
             return  # let the warmup end first
@@ -297,7 +297,7 @@ class Monitor:
                 "learning rate too high",
                 f"{fallen} and hardly falls any more; the learning rate went up to {self._peak_lr:.2g}, where each "
                 "step jumps over what it should reach",
-                "a peak three to ten times lower: AdamW seldom bears more than 1e-2",
+                "a peak three to ten times lower: AdamW rarely works above 1e-2",
             )
         elif stuck or now > 0.97 * first:
             name = names.pop(1)
@@ -307,7 +307,7 @@ class Monitor:
                 f"{fallen}; it was {then:.4g} in the second quarter of them and {since:.4g} in the last",
                 "overfitting a single batch: if even that fails, the model or its gradients are wrong. If it works, "
                 "look at the data: is each target the token right after its input, of the same sequence? A loss that "
-                "stops this early knows how frequent the tokens are, and nothing of their order",
+                "stops this early reflects only how frequent the tokens are, not their order",
             )
         else:
             name = names.pop(2)
@@ -322,7 +322,7 @@ class Monitor:
         if len(self._norms) < 2 * BLOCK:
             return
         typical = median(list(self._norms)[-2 * BLOCK :])
-        if typical < 1e-5 and self._losses[-1] > 0.1:  # otherwise there is hardly anything left to learn
+        if typical < 1e-5 and self._losses[-1] > 0.1:  # below 0.1 there is little left to learn
             self._find(
                 "gradients vanishing",
                 f"the gradient norm is {typical:.2g} (median of the last {2 * BLOCK} steps, up to step {self._step}) "
@@ -334,11 +334,11 @@ class Monitor:
             self._passed("gradients vanishing")
 
     def _look_at_clipping(self) -> None:
-        """Many steps a little above the clip are no harm: it must stand far below what the norm usually is."""
+        """Many steps slightly above the clip do no harm: report only a clip far below the usual norm."""
         if self._steps < 2 * WINDOW or self._step - self._peak_step < WINDOW:
-            return  # norms are large in the beginning
+            return  # norms are large at the beginning
         if self._found.keys() & {"learning rate too low", "very slow progress"}:
-            return  # so this still is the beginning
+            return  # in effect still the beginning
         clipped, typical = sum(self._clipped), median(self._norms) if self._norms else 0.0
         if clipped >= 0.95 * WINDOW and typical > 10 * self._largest_unclipped:
             self._find(
@@ -346,8 +346,8 @@ class Monitor:
                 f"{clipped} of the {len(self._clipped)} steps up to {self._step} were clipped; their median gradient "
                 f"norm is {typical:.2g}"
                 + (f", and the clip is near {self._largest_unclipped:.2g}" if self._largest_unclipped else ""),
-                f"a clip of about {2 * typical:.1g}, so that it catches the exceptions: one that always acts makes "
-                "all gradients equally long, and large ones are told from small ones no more",
+                f"a clip of about {2 * typical:.1g}, so that it catches only the exceptions: one that always acts "
+                "gives all gradients the same norm, and the difference between large and small ones is lost",
             )
         elif self._clipped:
             self._passed("nearly every step clipped")

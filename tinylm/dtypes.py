@@ -1,7 +1,7 @@
-"""Which dtype an operation has: PyTorch's rules (torch.result_type), not NumPy's.
+"""The dtype of a result: PyTorch's rules (torch.result_type), not NumPy's.
 
-Tensors with dimensions decide together; 0-d tensors, and after them Python numbers, count only where they are of a
-higher kind (boolean < integer < float). So float32 stays float32 beside integers, 0-d float64 arrays and Python floats.
+Tensors with dimensions determine it; 0-d tensors, and after them Python numbers, count only if they are of a
+higher kind (boolean < integer < float). So float32 stays float32 with integers, 0-d float64 arrays and Python floats.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ _KINDS = {"b": 0, "i": 1, "u": 1, "f": 2}
 
 
 def result_type(inputs: Sequence[Any], floats: bool = False) -> Any:
-    """The common dtype of arrays and Python numbers; with `floats`, float32 where that is no floating one."""
+    """The common dtype of arrays and Python numbers; with `floats`, float32 in place of an integer or boolean one."""
     groups = (
         [x.dtype for x in inputs if hasattr(x, "dtype") and x.ndim],
         [x.dtype for x in inputs if hasattr(x, "dtype") and not x.ndim],
@@ -39,7 +39,7 @@ def _promote(a: Any, b: Any) -> Any:
 
 
 def convert(op: type["Op"], arrays: list[Any]) -> Any:
-    """Bring an op's inputs, in place, to the dtypes that it wants; returns float16 if one of them has it, else None.
+    """Convert an op's inputs, in the list, to the dtypes that it declares; returns float16 if one has it, else None.
 
     Raises TypeError for inputs on different devices.
     """

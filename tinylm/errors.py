@@ -1,4 +1,4 @@
-"""What the tape says of a wrong op: its class, file and line, what it returned and what was expected."""
+"""Error messages about a wrong op: its class, file and line, what it returned and what was expected."""
 
 import inspect
 import zlib
@@ -19,20 +19,20 @@ def describe(arrays: Sequence[Any]) -> str:
 
 
 def note(error: BaseException, op: "Op", half: str, arrays: Sequence[Any]) -> None:
-    """Add to an error that came out of `op.forward` or `op.backward` where it was, and for which arrays."""
+    """Add a note to an error raised in `op.forward` or `op.backward`: the place, and the arrays."""
     text = f"in {op.name()}.{half}({describe(arrays)}){_place(op, half)}"
     if text not in getattr(error, "__notes__", ()):
         error.add_note(text)
 
 
 def _place(op: "Op", half: str) -> str:
-    """', line 12 of /home/me/gelu.py'; nothing for a function without a source."""
+    """', line 12 of /home/me/gelu.py'; empty for a function without source code."""
     code = getattr(inspect.unwrap(getattr(getattr(op, "page", type(op)), half)), "__code__", None)
     return f", line {code.co_firstlineno} of {code.co_filename}" if code else ""
 
 
 def check_outputs(op: "Op", outputs: Sequence[Any]) -> None:
-    """Raise TypeError for a forward that returned something else than arrays."""
+    """Raise TypeError for a forward that returned anything but arrays."""
     for y in outputs:
         if not (is_array(y) or isinstance(y, np.generic)):
             raise TypeError(
@@ -81,7 +81,7 @@ def check_finite(what: str, array: Array) -> None:
 
 
 def fingerprints(saved: Any) -> dict[int, tuple[Array, int]]:
-    """A checksum of every array in a nest of tuples and lists, by its id."""
+    """A checksum of every array in nested tuples and lists, by the array's id."""
     if is_array(saved):
         return {id(saved): (saved, zlib.crc32(to_device(saved, "cpu").tobytes()))}
     prints = {}

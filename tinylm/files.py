@@ -9,11 +9,11 @@ from typing import BinaryIO
 
 
 def writable_folder(path: str | Path) -> Path:
-    """The folder `path`, made if it is not there. Raises ValueError where nothing can be written into it."""
+    """The folder `path`, created if it does not exist. Raises ValueError if nothing can be written into it."""
     folder = Path(path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()  # permissions do not tell: a file system may be read-only, or full
+        tempfile.TemporaryFile(dir=folder).close()  # permissions are not enough: the disk may be read-only, or full
     except FileExistsError:
         raise ValueError(f"cannot write into {folder}: it is not a folder") from None
     except OSError as error:
@@ -22,20 +22,20 @@ def writable_folder(path: str | Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file that a reader sees as it was before or complete, whatever happens meanwhile; text as UTF-8."""
+    """Write a file whole or not at all: a reader sees either the old content or all of the new. Text is UTF-8."""
     with replacing(path) as file:
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write into, which takes the place of `path` when the block ends, and is gone when it fails."""
+    """A file to write into. It replaces `path` when the block ends, and is deleted if the block fails."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(aside, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # or a power cut may leave the new name on an empty file
+            os.fsync(file.fileno())  # otherwise a power cut may leave an empty file under the new name
         os.replace(aside, path)
         sync(path.parent)
     finally:

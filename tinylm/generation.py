@@ -1,4 +1,4 @@
-"""Writing with a GPT: token after token, each drawn from what the model expects after those before it."""
+"""Text generation with a GPT: token by token, each sampled from the model's prediction."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -27,23 +27,23 @@ def generate(
     stop: int | None = None,
     cache: bool = True,
 ) -> Array | list[Array]:
-    """Continue each prompt by up to `n_tokens` tokens; returns prompts and what follows them, int64.
+    """Continue each prompt by up to `n_tokens` tokens; returns the prompts with their continuations, int64.
 
-    `prompts` is an array of ids (B, T), or a list of B sequences of ids, each as long as it likes. Of an array comes an
-    array (B, T + n_tokens) on the same device; of a list, a list of arrays.
+    `prompts` is an array of ids (B, T), or a list of B sequences of ids of any lengths. For an array, returns an array
+    (B, T + n_tokens) on the same device; for a list, a list of arrays.
 
-    A token is drawn from softmax(logits / temperature), or is the likeliest if the temperature is 0. `top_k` leaves
-    the k likeliest to choose from, `top_p` then the fewest that have probability p together; see `keep_likeliest`.
-    The token `stop` ends its row: a list's row ends there, an array's is filled up with `stop`, and the
+    A token is drawn from softmax(logits / temperature), or is the likeliest if the temperature is 0. `top_k` keeps only
+    the k likeliest, `top_p` then the fewest that together have probability p; see `keep_likeliest`.
+    The token `stop` ends its row: a list's row ends there, an array's row is padded with `stop`, and the
     array ends where the last row does.
 
-    The noise of a row is a function of `seed` and its prompt, so the rows beside it change nothing (a difference in
-    rounding aside, where two tokens are as good as equal). Of equal prompts each has noise of its own.
+    The noise of a row is a function of `seed` and its prompt, so it does not depend on the other rows (but a difference
+    in rounding may decide between two nearly equal tokens). Equal prompts get different noise.
 
     The model sees the end of the text from `window_start` on. With `cache` it computes each token's keys and values
-    once, which makes a token as cheap at the end of a block as at its beginning; without, the same tokens come slower.
+    once, so a token costs about the same anywhere in a block; without it, the same tokens take longer.
 
-    Raises ValueError or TypeError for an empty prompt, a token outside the vocabulary, an option that makes no sense.
+    Raises ValueError or TypeError for an empty prompt, a token outside the vocabulary, or an invalid option.
     """
     tokens = stream(model, prompts, n_tokens, temperature, top_k, seed, top_p=top_p, stop=stop, cache=cache)
     with evaluation(model):
@@ -66,14 +66,14 @@ def stream(
     stop: int | None = None,
     cache: bool = True,
 ) -> Iterator[np.ndarray]:
-    """What `generate` adds, as it comes: an iterator over the next token of each row, (B,) on the host.
+    """The tokens that `generate` adds, as they come: an iterator over the next token of each row, (B,) on the host.
 
-    A row that has stopped goes on with `stop`, until all have. Between two tokens everything is as the caller had it:
-    the model's mode, and whether operations are recorded.
+    A row that has stopped yields `stop` until all have. Between two tokens the model's mode, and whether operations are
+    recorded, are as the caller set them.
     """
     rows = _checked_prompts(prompts, model.config.vocab_size)
     _check_options(n_tokens, temperature, top_k, top_p, stop, model.config.vocab_size)
-    # Rows of one length are one batch: they slide together, and none needs padding.
+    # Rows of equal length form a batch: their windows slide together, and none needs padding.
     batches = []
     for length in sorted({len(row) for row in rows}):
         members = np.flatnonzero([len(row) == length for row in rows])
@@ -100,7 +100,7 @@ def stream(
 
 
 class Reader:
-    """Rows of tokens (B, T) that grow together, as far as the model still sees them, and what it expects next."""
+    """Rows of tokens (B, T) that grow together, cut to the model's window, and the logits of the next token."""
 
     def __init__(self, model: "GPT", ids: np.ndarray, cache: bool = True):
         self.model = model
@@ -115,9 +115,9 @@ class Reader:
 
     @no_grad()
     def logits(self) -> np.ndarray:
-        """Of the next token, once after each append: (B, V) in float64, on the host."""
-        slide = window_start(self.ids.shape[1], self.model.config.block_size)  # from where the window began
-        if slide:  # every token has another position now, and with it other keys and values
+        """Logits of the next token (B, V), float64, on the host; call it once after each append."""
+        slide = window_start(self.ids.shape[1], self.model.config.block_size)  # relative to the window's old start
+        if slide:  # every token now has another position, so its keys and values change
             self.ids = self.ids[:, slide:]
             self.cache = self.model.new_cache() if self.cached else None
         unseen = self.ids[:, self.cache[0].length :] if self.cache else self.ids
@@ -130,13 +130,12 @@ class Reader:
 
 
 def window_start(length: int, block_size: int) -> int:
-    """Where the model begins to read to say what comes after `length` tokens: 0 while they fit into a block.
+    """The first of `length` tokens that the model sees to predict the next one: 0 while they fit into a block.
 
     Whenever the window slides, every token in it gets another position, and its keys and values must be computed again.
-    To slide by one token would cost a whole block for each new token. So it slides by a quarter of a block, and has
-    room for as many tokens before it slides again: shared among them the price is small, and the model never sees
-    less than three quarters of a block. A function of the length alone, the start is the same with and without a
-    cache, and for a text whether it was given or generated.
+    Sliding by one token would cost a whole block for each new token. So the window slides by a quarter of a block: the
+    cost is shared by that many tokens, and the model never sees less than three quarters of a block. The start depends
+    only on the length, so it is the same with and without a cache, and for prompt and generated text alike.
     """
     stride = max(1, block_size // 4)
     return -(-max(0, length - block_size) // stride) * stride
@@ -148,7 +147,7 @@ def sample(
     """A token for each row of logits (B, V), drawn by the row's own generator: (B,)."""
     if temperature == 0:
         return logits.argmax(axis=1)
-    with np.errstate(over="ignore"):  # a tiny temperature: all but the likeliest become -inf
+    with np.errstate(over="ignore"):  # with a tiny temperature all but the likeliest become -inf
         logits = (logits - logits.max(axis=1, keepdims=True)) / temperature
     logits = keep_likeliest(logits, top_k, top_p)
     # Gumbel's trick: the argmax of logits + Gumbel noise is a sample of their softmax.
@@ -158,8 +157,8 @@ def sample(
 def keep_likeliest(logits: np.ndarray, top_k: int | None = None, top_p: float = 1.0) -> np.ndarray:
     """Logits (B, V) with -inf for what may not be chosen.
 
-    `top_k` keeps k tokens, the likeliest. `top_p` (Holtzman et al., 2020) keeps the fewest of these that have, of
-    their probability, a share of p or more. Of equal logits the lower id comes first.
+    `top_k` keeps the k likeliest tokens. Of these, `top_p` (Holtzman et al., 2020) keeps the fewest that have at least
+    the share p of their total probability. Of equal logits the lower id comes first.
     """
     if top_k is None and top_p == 1:
         return logits
@@ -170,7 +169,7 @@ def keep_likeliest(logits: np.ndarray, top_k: int | None = None, top_p: float = 
     if top_p < 1:
         p = np.exp(ranked - ranked[:, :1])
         p /= p.sum(axis=1, keepdims=True)
-        ranked[:, 1:][p.cumsum(axis=1)[:, :-1] >= top_p] = -np.inf  # those before it have reached p already
+        ranked[:, 1:][p.cumsum(axis=1)[:, :-1] >= top_p] = -np.inf  # those before it already reach p
     kept = np.empty_like(logits)
     np.put_along_axis(kept, order, ranked, axis=1)
     return kept
@@ -178,7 +177,7 @@ def keep_likeliest(logits: np.ndarray, top_k: int | None = None, top_p: float = 
 
 @contextmanager
 def evaluation(model: "GPT") -> Iterator[None]:
-    """Evaluation mode inside, afterwards the mode the model was in."""
+    """Evaluation mode inside; afterwards the model's previous mode."""
     training = model.training
     if training:
         model.eval()
@@ -190,7 +189,7 @@ def evaluation(model: "GPT") -> Iterator[None]:
 
 
 def _noise(rows: Sequence[np.ndarray], seed: int) -> list[np.random.Generator]:
-    """A generator for each row: a function of the seed, the prompt, and how many rows before it have the same one."""
+    """A generator for each row: a function of the seed, the prompt, and the number of equal prompts before it."""
     seen: Counter[bytes] = Counter()
     generators = []
     for row in rows:
@@ -237,12 +236,12 @@ def _check_options(
 
 
 def _through(stop: int | None, row: np.ndarray) -> int | None:
-    """The end of the row's part up to and including its first `stop`."""
+    """The index just after the row's first `stop`; None if there is none."""
     return None if stop is None or stop not in row else int((row == stop).argmax()) + 1
 
 
 def _joined(prompt: Any, new: np.ndarray) -> Array:
-    """The prompt and what follows it, on the prompt's device."""
+    """The prompt and its continuation, on the prompt's device."""
     prompt = prompt if is_array(prompt) else np.asarray(prompt)
     xp = array_module(prompt)
     return xp.concatenate([prompt.astype(np.int64), xp.asarray(new)], axis=-1)

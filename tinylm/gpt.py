@@ -40,7 +40,7 @@ class GPTConfig:
 
 
 class KeyValues:
-    """The keys and values of the tokens that an attention layer has seen, so that none is computed a second time."""
+    """The keys and values of the tokens that an attention layer has seen, so that none is computed twice."""
 
     def __init__(self, block_size: int):
         self.block_size = block_size
@@ -48,9 +48,9 @@ class KeyValues:
         self.arrays: list[Array] = []  # keys and values, each (B, H, block_size, D), filled as far as `length`
 
     def append(self, *new: Tensor) -> list[Tensor]:
-        """Keep the keys and values (B, H, T, D) of T further tokens; returns those of all.
+        """Keep the keys and values (B, H, T, D) of T more tokens; returns those of all.
 
-        Raises ValueError while recording: the cache holds arrays, and no gradient would reach the tokens before.
+        Raises ValueError if they require a gradient: the cache holds arrays, so none would reach earlier tokens.
         """
         if any(x.requires_grad for x in new):
             raise ValueError("a cache of keys and values carries no gradients: use it under no_grad()")
@@ -129,7 +129,7 @@ class Transformer(Module):
         for first in range(0, len(self.h), together):
             blocks = self.h[first : first + together]
             caches = cache[first : first + together] if cache else [None] * len(blocks)
-            # The last ones' activations are needed at once, when those of the others are already forgotten.
+            # Not the last blocks: backward starts there, so their activations would be recomputed at once.
             if self.recompute and x.requires_grad and blocks[-1] is not self.h[-1]:
                 x = checkpoint(_run, x, blocks=blocks, caches=caches)
             else:
@@ -152,7 +152,7 @@ class GPT(Module):
         self._initialise()
 
     def _initialise(self) -> None:
-        """GPT-2's: N(0, 0.02), biases 0; the 2 n_layer projections into the residual stream 0.02 / sqrt(2 n_layer)."""
+        """As GPT-2: N(0, 0.02), biases 0; std 0.02 / sqrt(2 n_layer) for the 2 n_layer residual projections."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if name.endswith("c_proj.weight") else 0.02
@@ -163,7 +163,7 @@ class GPT(Module):
     def hidden(self, ids: Tensor | Array, cache: list[KeyValues] | None = None) -> Tensor:
         """The last hidden states (B, T, C). Raises ValueError for ids of another rank or longer than the block size.
 
-        With `cache`, from `new_cache()`, the ids go on from those it has seen, and the cache grows by them.
+        With `cache`, from `new_cache()`, the ids follow those already seen and are added to the cache.
         """
         ids = ids.data if isinstance(ids, Tensor) else ids
         seen = cache[0].length if cache else 0
@@ -175,11 +175,11 @@ class GPT(Module):
         return self.transformer(ids, cache)
 
     def new_cache(self) -> list[KeyValues]:
-        """An empty cache for `hidden`, one part for each layer. Only under no_grad."""
+        """An empty cache for `hidden`, one part for each layer. Use it only under no_grad."""
         return [KeyValues(self.config.block_size) for _ in self.transformer.h]
 
     def forward(self, ids: Tensor | Array) -> Tensor:
-        """Logits (B, T, V); those at position t see the tokens up to and including t."""
+        """Logits (B, T, V); those at position t depend on the tokens up to and including t."""
         return ops.linear(self.hidden(ids), self.transformer.wte.weight)
 
     def loss(self, ids: Tensor | Array, targets: Tensor | Array) -> Tensor:

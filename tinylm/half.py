@@ -19,7 +19,7 @@ FLOAT16 = np.dtype(np.float16)
 
 
 def in_half(op: type["Op"]) -> type["Op"]:
-    """`op` for inputs of which some are float16; made once for each op, and kept with it."""
+    """A subclass of `op` for float16 inputs, made once for each op; `op.half` says what is rounded."""
     if "_in_half" not in vars(op):
         op._in_half = type(op.__name__, (_InHalf, op), {"page": op})  # type: ignore[attr-defined]
     return op._in_half  # type: ignore[attr-defined]
@@ -36,13 +36,13 @@ class _InHalf:
         self.given = {id(x): (x, a) for x, a in zip(wide, arrays, strict=True) if is_array(x)}  # float32 -> as it came
         self.large = max(a.size for a in arrays if is_array(a))
         self.dtypes = [getattr(a, "dtype", None) for a in arrays]
-        # The first floating input decides; a loss stays in float32, and so does what it saves.
+        # The first floating input decides; a loss, and what it saves, stay in float32.
         first = next(dtype for dtype in self.dtypes if dtype is not None and dtype.kind == "f")
         self.rounds = self.page.half == "rounded" and first == FLOAT16
         y = super().forward(*wide)  # type: ignore[misc]
         if self.rounds:
             y = _each(self._round, y)
-        del self.given  # or the float32 arrays would live until backward
+        del self.given  # otherwise the float32 arrays would live until backward
         return y
 
     def backward(self, *dys: Any) -> Any:
@@ -68,7 +68,7 @@ class _InHalf:
 
 
 def _each(function: Callable[[Any], Any], x: Any) -> Any:
-    """`function` of every array (and NumPy scalar) in a nest of tuples and lists."""
+    """Apply `function` to every array (and NumPy scalar) in nested tuples and lists."""
     if type(x) in (tuple, list):
         return type(x)(_each(function, y) for y in x)
     if isinstance(x, np.generic):

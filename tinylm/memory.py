@@ -1,4 +1,4 @@
-"""Counting memory: how many bytes the tape holds, by op, and how many the process has.
+"""Counting memory: how many bytes the tape holds, by op, and how many the process uses.
 
     with track_memory(model, optimizer) as m:
         model.loss(x, y).backward()
@@ -6,9 +6,9 @@
     print(m)                      # parameters, gradients, optimizer state, activations by op at the peak
     m.plot().savefig("memory.png")
 
-The tape's count is exact and the same on every machine: the bytes of every buffer that some node holds, each once,
-however many views of it are saved; parameters are counted as such. What an op needs while it runs and forgets is
-not in it; for that, look at the process's peak beside it.
+The tape's count is exact and the same on every machine: the bytes of every buffer that some node holds, each counted
+once, however many views of it are saved; parameters are counted as parameters. It does not include temporary arrays
+inside an op; the process's peak does.
 """
 
 import resource
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 class Snapshot:
     """What was held at one moment, in bytes."""
 
-    saved: Counter[str] = field(default_factory=Counter)  # activations that wait for backward, by op
+    saved: Counter[str] = field(default_factory=Counter)  # activations saved for backward, by op
     copies: int = 0  # parameters in another dtype, made by autocast
-    flowing: int = 0  # gradients of activations, on their way down
+    flowing: int = 0  # gradients of activations, during backward
     gradients: int = 0  # of parameters
 
     @property
@@ -50,10 +50,10 @@ class Snapshot:
 
 
 class track_memory(Block):
-    """Context manager that counts what the tape holds, its workers' too, after every op forward and every op backward.
+    """Context manager that counts what the tape holds, the workers' tapes too, after each op's forward and backward.
 
     `model` and `optimizer` are optional; with them, gradients, parameters and optimizer state are in the table too.
-    `now` and `peak` are Snapshots; `timeline` has one for every moment. Slow: meant for a step, not for a run.
+    `now` and `peak` are Snapshots; `timeline` has one for each count. Slow: meant for a step, not for a run.
     """
 
     def __init__(self, model: Module | None = None, optimizer: AdamW | None = None):
@@ -64,7 +64,7 @@ class track_memory(Block):
         self._nodes: weakref.WeakSet[autograd.Op] = weakref.WeakSet()
         self._walks: weakref.WeakSet[autograd.Walk] = weakref.WeakSet()
         self._weights = {id(_buffer(p.data)) for p in self.parameters}
-        self._leaves: dict[int, Any] = {}  # weak references of all parameters seen, the workers' replicas too
+        self._leaves: dict[int, Any] = {}  # weak references to all parameters seen, the workers' replicas too
         self._copies: dict[int, Any] = {}  # id -> weak reference of autocast's copies of parameters
         self._lock = threading.Lock()
 
@@ -78,7 +78,7 @@ class track_memory(Block):
             self._look()
 
     def look(self, walk: autograd.Walk | None = None) -> None:
-        """Count what is held now; the engine calls it when a node of a walk was released."""
+        """Count what is held now; the engine calls it after it has released a node of a walk."""
         with self._lock:
             if walk is not None:
                 self._walks.add(walk)
@@ -118,12 +118,12 @@ class track_memory(Block):
 
     @property
     def peak(self) -> Snapshot:
-        """The moment at which most was held."""
+        """The snapshot with the largest total."""
         return max(self.timeline, key=lambda s: s.total, default=Snapshot())
 
     @property
     def peak_activations(self) -> int:
-        """The most bytes of activations that were saved at one moment."""
+        """The largest number of bytes of activations saved at one moment."""
         return max((s.activations for s in self.timeline), default=0)
 
     def __str__(self) -> str:
@@ -167,7 +167,7 @@ class track_memory(Block):
 
 
 def _arrays(saved: Any) -> list[Array]:
-    """All arrays in a nest of tuples and lists."""
+    """All arrays in nested tuples and lists."""
     if is_array(saved):
         return [saved]
     return [a for x in saved for a in _arrays(x)] if isinstance(saved, tuple | list) else []
@@ -181,7 +181,7 @@ def _buffer(array: Array) -> Array:
 
 
 def peak_rss() -> int:
-    """The largest resident memory that this process has had, in bytes."""
+    """The peak resident memory of this process, in bytes."""
     if sys.platform == "linux":  # ru_maxrss counts what the parent had before exec; VmHWM starts with this program
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))

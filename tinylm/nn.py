@@ -12,9 +12,9 @@ from .tensor import Tensor, owned
 
 
 class Parameter(Tensor):
-    """A tensor that an optimizer updates; assigned to a Module's attribute, it gets a name there.
+    """A tensor that an optimizer updates; as an attribute of a Module it is named after the attribute.
 
-    It has memory of its own, and is float32 for float64 numbers too unless `dtype` asks for another.
+    It copies `data`. float64 data become float32 unless `dtype` says otherwise.
     """
 
     __slots__ = ()
@@ -29,8 +29,8 @@ class Parameter(Tensor):
 class Module:
     """A part of a model. Its parameters are those of its attributes, in the order of their assignment.
 
-    An attribute may be a Parameter or a Module, or a list, tuple or dict of them, nested as deep as you like. A
-    parameter reached by two names (tied weights) counts once, under the first.
+    An attribute may be a Parameter or a Module, or a list, tuple or dict of them, nested to any depth. A parameter with
+    two names (tied weights) counts once, under the first.
     """
 
     training = True
@@ -42,7 +42,7 @@ class Module:
         return self.forward(*args, **kwargs)
 
     def children(self) -> Iterator[tuple[str, "Module"]]:
-        """(name, module) of the modules directly below this one; those of a list are named 'attribute.index'."""
+        """(name, module) of the modules directly below this one; those in a list are named 'attribute.index'."""
         return ((name, x) for name, x in self._members() if isinstance(x, Module))
 
     def modules(self) -> Iterator["Module"]:
@@ -67,7 +67,7 @@ class Module:
                 yield from ((f"{name}.{below}", parameter) for below, parameter in x._all_parameters())
 
     def _members(self) -> Iterator[tuple[str, Any]]:
-        """(name, Parameter or Module) of the attributes, and of what lists, tuples and dicts among them hold."""
+        """(name, Parameter or Module) of the attributes, and of the items of lists, tuples and dicts among them."""
         for name, x in vars(self).items():
             yield from _members_of(name, x)
 
@@ -75,7 +75,7 @@ class Module:
         return (parameter for _, parameter in self.named_parameters())
 
     def num_parameters(self) -> int:
-        """Number of trainable numbers; a tied weight counts once."""
+        """Number of elements of all parameters; a tied weight counts once."""
         return sum(p.size for p in self.parameters())
 
     def train(self, mode: bool = True) -> "Module":
@@ -106,7 +106,7 @@ class Module:
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Copy arrays into the parameters of the same names. The names and shapes must match exactly.
 
-        Raises ValueError that lists every missing, unexpected and mis-shaped name; nothing is loaded then.
+        Raises ValueError that lists every missing, unexpected and mis-shaped name; then nothing is loaded.
         """
         own = dict(self.named_parameters())
         wrong = [f"missing {name}" for name in own if name not in state]

@@ -32,9 +32,9 @@ def adamw(
     eps: float,
     coefficient: Any = 1.0,
 ) -> None:
-    """One update of AdamW, in place, of lists of arrays: parameters, their gradients and both moments.
+    """One AdamW update, in place, of lists of arrays: parameters, their gradients and both moments.
 
-    `steps` counts from 1, for each parameter. Every gradient is multiplied by `coefficient`, which clipping leaves.
+    `steps` counts from 1, for each parameter. Every gradient is multiplied by `coefficient`, to clip it (see `clip`).
     """
     beta1, beta2 = betas
     for p, g, m, v, t, lr, decay in zip(params, grads, exp_avgs, exp_avg_sqs, steps, lrs, weight_decays, strict=True):
@@ -56,8 +56,8 @@ class AdamW:
         p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps)
 
     `params` is an iterable of Parameters, or of dicts {"params": [...], "lr" and "weight_decay": ...} that override the
-    defaults for their group. A parameter without a gradient is left as it is, and its t stands still. The update itself
-    is the function `adamw`, which an engine or an `override` may replace.
+    defaults for their group. A parameter without a gradient is not updated, and its t does not advance. The update
+    itself is the function `adamw`, which an engine or an `override` may replace.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class AdamW:
                 )
         if len(set(map(id, self.parameters()))) < len(self.parameters()):
             raise ValueError("AdamW got a parameter twice, and would update it twice a step")
-        # per parameter, in the order of `parameters()`, made at its first step
+        # by index into `parameters()`; created at the parameter's first step
         self.state: dict[int, dict[str, Any]] = {}
 
     def parameters(self) -> list[Parameter]:
@@ -97,7 +97,7 @@ class AdamW:
             p.grad = None
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of every group from now on."""
+        """Set the learning rate of every group."""
         for group in self.groups:
             group["lr"] = lr
 
@@ -116,10 +116,10 @@ class AdamW:
         if rows:
             adamw(*map(list, zip(*rows, strict=True)), self.betas, self.eps, coefficient)
 
-    # What a checkpoint holds of it; parameters are named by their place in `parameters()`.
+    # Saved in a checkpoint; parameters are named by their index in `parameters()`.
 
     def arrays(self) -> dict[str, Array]:
-        """The live moments: 'exp_avg.3' and 'exp_avg_sq.3' of parameter 3."""
+        """The live moments (not copies): 'exp_avg.3' and 'exp_avg_sq.3' belong to parameter 3."""
         return {f"{name}.{i}": state[name] for i, state in self.state.items() for name in ("exp_avg", "exp_avg_sq")}
 
     def steps(self) -> list[int]:
@@ -127,9 +127,9 @@ class AdamW:
         return [self.state[i]["step"] if i in self.state else 0 for i in range(len(self.parameters()))]
 
     def load(self, arrays: Mapping[str, Array], steps: list[int]) -> None:
-        """Take over what `arrays()` and `steps()` of another AdamW over the same parameters gave.
+        """Copy in the `arrays()` and `steps()` of another AdamW over the same parameters.
 
-        Raises ValueError where they do not belong to these parameters; nothing is loaded then.
+        Raises ValueError if they do not match these parameters; then nothing is loaded.
         """
         parameters = self.parameters()
         expected = {
@@ -159,8 +159,8 @@ class AdamW:
 def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
     """Scale all gradients by one factor so that their global L2 norm is at most `max_norm`; returns the norm before.
 
-    A norm that is not finite is returned as it is and the gradients are left alone: scaling by it would only
-    spread the damage. The caller decides. (Pascanu, Mikolov & Bengio, 2013.)
+    A norm that is not finite is returned, and the gradients are not changed: scaling by it would make all of them
+    NaN or 0. The caller decides what to do. (Pascanu, Mikolov & Bengio, 2013.)
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     norm = _global_norm(grads)
@@ -174,8 +174,8 @@ def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
 def clip(parameters: Iterable[Parameter], max_norm: float) -> tuple[float, float]:
     """(the global norm, the coefficient that an optimizer's `step` multiplies the gradients with to clip them).
 
-    The same as `clip_grad_norm_`, without a pass of its own over the gradients. Where somebody replaced that function,
-    it is called, and the coefficient that it leaves is 1.
+    Equivalent to `clip_grad_norm_`, without a separate pass over the gradients. If that function was replaced, the
+    replacement is called, and the coefficient is 1.
     """
     chosen = implementation(clip_grad_norm_, current(), (parameters, max_norm), {})
     if chosen is not clip_grad_norm_:
@@ -196,7 +196,7 @@ def _global_norm(grads: list[Array]) -> float:
         norm = math.sqrt(sum(float(g @ g) for g in flat))
     if math.isfinite(norm):
         return norm
-    # A float32 sum of squares overflows at a norm of 1.8e19: scale by the largest entry before saying inf.
+    # A float32 sum of squares overflows at a norm of 1.8e19: scale by the largest entry and try again.
     largest = max(float(abs(g).max()) for g in flat if g.size)
     if not math.isfinite(largest) or largest == 0:
         return largest
@@ -207,8 +207,8 @@ def _global_norm(grads: list[Array]) -> float:
 def warmup_cosine(step: int, steps: int, lr: float, warmup: int, min_lr: float = 0.0) -> float:
     """The learning rate of step `step` (from 0) of `steps`.
 
-    A line over the first `warmup` steps, which would start from 0 one step before the first and reaches `lr` at
-    step `warmup`; then half a cosine that reaches `min_lr` at step `steps` (Loshchilov & Hutter, 2017).
+    A linear warmup over the first `warmup` steps, from 0 at step -1 to `lr` at step `warmup`; then half a cosine that
+    reaches `min_lr` at step `steps` (Loshchilov & Hutter, 2017).
     """
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)

@@ -1,8 +1,8 @@
 """One batch over several workers: each computes the gradient of its own sequences, and the gradients are summed.
 
-Splitting the *batch* over threads is faster than threads inside each op: a thread walks the whole model over its own
-sequences, with one BLAS thread and data that stay in its core's cache, and meets the others once a step. A worker has
-a replica of the model that shares the weights and has gradients of its own.
+Splitting the *batch* over threads is faster than threads inside each op: a thread runs the whole model on its own
+sequences, with one BLAS thread and data that stay in its core's cache, and waits for the others once a step. A worker
+has a replica of the model that shares the weights but has its own gradients.
 """
 
 import contextvars
@@ -28,16 +28,16 @@ class Reducer(Protocol):
     def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
         """parts[r] are the arrays of this process's worker r, None for zeros; returns their sums, in parts[0]'s memory.
 
-        They are added in the order of the workers, so that the sums are equal bit for bit on every run. It is asked
-        also where this process has one worker.
+        They are added in the order of the workers, so that the sums are bit for bit equal on every run. It is also
+        called if this process has only one worker.
         """
 
 
 class Workers:
-    """`size` threads that work on one model. As a context manager it limits BLAS to one thread each, and restores it.
+    """`size` threads that work on one model. As a context manager it limits BLAS to one thread each, then restores it.
 
-    One worker works in the calling thread, on the model itself, with BLAS as it is. Every worker runs in a copy of the
-    caller's context: it has the caller's settings and randomness, and changes neither.
+    A single worker runs in the calling thread, on the model itself, with BLAS unchanged. Every worker runs in a copy of
+    the caller's context: it has the caller's settings and randomness, and changes neither.
     """
 
     def __init__(self, model: Module, size: int):
@@ -67,16 +67,16 @@ class Workers:
                 thread.jobs.put(None)
 
     def run(self, work: Callable[[int], Result]) -> list[Result]:
-        """[work(0), work(1), ...], each in a thread of its own.
+        """[work(0), work(1), ...], each in its own thread.
 
-        An exception in a worker is raised here, when all have ended. An interruption (Ctrl-C) does not wait: what the
-        threads still compute goes into replicas that nobody will read.
+        An exception in a worker is raised here after all have ended. Ctrl-C does not wait: the threads finish on old
+        replicas, whose gradients are never read.
         """
         if self.size == 1:
             return [contextvars.copy_context().run(work, 0)]
         for p, *copies in zip(self.model.parameters(), *self.parameters, strict=True):
             for copied in copies:
-                copied.data = p.data  # what it is already, unless somebody gave the model's parameter another array
+                copied.data = p.data  # no change, unless the model's parameter was assigned another array
         futures = [thread.submit(contextvars.copy_context(), work, rank) for rank, thread in enumerate(self._threads)]
         try:
             wait(futures)
@@ -89,13 +89,13 @@ class Workers:
         return [future.result() for future in futures]
 
     def gradient(self, work: Callable[[int, Any], Result]) -> list[Result]:
-        """[work(rank, model) ...], each of which adds to its model's gradients; their sums are added to the model's."""
+        """[work(rank, model), ...]. Each call adds to its replica's gradients; their sums are added to the model's."""
         if self.size > 1:
             for model in self.models:
                 model.zero_grad()
         models = self.models
         results = self.run(lambda rank: work(rank, models[rank]))
-        with np.errstate(over="ignore", invalid="ignore"):  # as in the gradients: whoever reads the sums looks for it
+        with np.errstate(over="ignore", invalid="ignore"):  # the caller checks the gradients for non-finite values
             sums = self.reducer.sum_([[p.grad for p in own] for own in self.parameters])
             for p, grad in zip(self.model.parameters(), sums, strict=True):
                 if self.size == 1 or p.grad is None:
@@ -120,12 +120,12 @@ class Workers:
         return sums
 
     def share(self, n: int, rank: int) -> slice:
-        """Which of `n` items worker `rank` has: consecutive ones, as equal as can be."""
+        """The slice of `n` items for worker `rank`: consecutive, of nearly equal size."""
         return slice(n * rank // self.size, n * (rank + 1) // self.size)
 
 
 class _Thread(threading.Thread):
-    """Does one job after another. A daemon, unlike a ThreadPoolExecutor's: an impatient Ctrl-C does not wait for it."""
+    """Does one job after another. A daemon, unlike a ThreadPoolExecutor's thread, so Ctrl-C need not wait for it."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -144,11 +144,11 @@ class _Thread(threading.Thread):
                 future.set_result(context.run(call, rank))
             except BaseException as error:
                 future.set_exception(error)
-            del job, future, context, call  # or they would live until the next job
+            del job, future, context, call  # otherwise they would live until the next job
 
 
 def replica(model: Module) -> Module:
-    """A copy of the model with the same weights in the same memory, and gradients of its own."""
+    """A copy of the model that shares the weights' memory and has its own gradients."""
     shared: dict[int, Any] = {}
     for p in model.parameters():
         shared[id(p)] = copy.copy(p)
@@ -157,5 +157,5 @@ def replica(model: Module) -> Module:
 
 
 def available_cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

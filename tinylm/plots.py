@@ -1,4 +1,4 @@
-"""Pictures of a training run. matplotlib is imported when one is drawn, and needs no display."""
+"""Plots of a training run. matplotlib is imported when one is drawn, and needs no display."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def smooth(values: Sequence[float], reach: int = 25) -> np.ndarray:
-    """The mean of each value, the `reach` before it and as many after: of a curve that falls, no lag behind it."""
+    """Centred moving average over up to `reach` values on each side, fewer at the ends: it does not lag behind."""
     sums = np.concatenate([[0.0], np.cumsum(values)])
     at = np.arange(len(values))
     start = at - np.minimum(at, reach)
@@ -19,7 +19,7 @@ def smooth(values: Sequence[float], reach: int = 25) -> np.ndarray:
 
 
 def loss_curve(metrics: Sequence[dict[str, Any]], title: str = "") -> "Figure":
-    """The training loss of every step (faint), the same smoothed, and the validation loss where it was measured.
+    """The training loss of every step (faint) and smoothed, and the validation loss where it was measured.
 
     `metrics` are the lines of a run's metrics.jsonl (see `runs.read_metrics`).
     """

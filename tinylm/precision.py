@@ -1,9 +1,9 @@
-"""Half precision: autocast and the scaling of the loss (Micikevicius et al., 2018).
+"""Half precision: autocast and loss scaling (Micikevicius et al., 2018).
 
-float16 holds 11 bits between 6e-8 and 65504. Activations fit into that; gradients of a mean over thousands of tokens
-do not: the small ones underflow to zero. So the loss is multiplied by a large number before backward, every gradient
-comes out multiplied by it, and is divided again in float32 before the update. If the number was too large some
-gradient overflows: then this step is skipped and the number halved.
+float16 has 11 significant bits from 6e-5 to 65504, and fewer down to 6e-8. Activations fit into that range; gradients
+of a mean over thousands of tokens do not: the small ones underflow to zero. So the loss is multiplied by a large scale
+before backward. Every gradient is then multiplied by it too, and is divided by it in float32 before the update. If the
+scale was too large, some gradient overflows: then this step is skipped and the scale is halved.
 
     scaler = GradScaler()
     with autocast("float16"):
@@ -35,10 +35,10 @@ from .tensor import Tensor
 def autocast(dtype: Any = "float16", enabled: bool = True) -> Block:
     """Inside, the ops that multiply matrices cast their floating inputs to `dtype` (float16), embeddings their output.
 
-    The cast is recorded, and its backward returns the dtype of what was cast: a float32 parameter keeps its
-    float32 gradient. All other ops go on in the dtype that they are given; losses are float32.
+    The cast is recorded, and its backward returns the gradient in the input's dtype: a float32 parameter keeps a
+    float32 gradient. All other ops compute in the dtype of their inputs; losses are float32.
     """
-    with suppress(TypeError):  # NumPy knows no bfloat16, and says so in words of its own
+    with suppress(TypeError):  # NumPy has no bfloat16: the error below says so
         dtype = np.dtype(dtype)
     if dtype not in (np.float16, np.float32):
         raise ValueError(f"autocast: dtype must be float16 or float32, not {dtype}")
@@ -53,9 +53,9 @@ def autocast(dtype: Any = "float16", enabled: bool = True) -> Block:
 class GradScaler:
     """Dynamic loss scaling, with PyTorch's names, order of calls and decisions.
 
-    The scale starts at `init_scale`; a step with a gradient that is not finite is skipped and multiplies it by
+    The scale starts at `init_scale`. A step with a gradient that is not finite is skipped and multiplies the scale by
     `backoff_factor`; `growth_interval` good steps in a row multiply it by `growth_factor`. A scaler that is not
-    `enabled` passes everything through.
+    `enabled` changes nothing.
     """
 
     def __init__(
@@ -87,9 +87,9 @@ class GradScaler:
         return ops.cast(loss, np.float32) * self._scale if self.enabled else loss
 
     def unscale_(self, optimizer: AdamW) -> None:
-        """Divide the gradients by the scale, and look once whether all are finite. Once a step, before clipping.
+        """Divide the gradients by the scale, and check whether all are finite. Call it once a step, before clipping.
 
-        Raises RuntimeError for a second call in a step, and where no parameter has a gradient; ValueError for float16
+        Raises RuntimeError for a second call in a step, and if no parameter has a gradient; ValueError for float16
         gradients: the weights should be float32.
         """
         if not self.enabled:
@@ -106,7 +106,7 @@ class GradScaler:
         self._found_inf = not unscale(grads, 1 / self._scale)
 
     def step(self, optimizer: AdamW, coefficient: Any = 1.0) -> bool:
-        """optimizer.step(coefficient), unless a gradient is not finite; returns whether it took place."""
+        """Call optimizer.step(coefficient) unless a gradient is not finite; returns whether it was called."""
         if self.enabled and self._stepped:
             raise RuntimeError("GradScaler.step was already called in this step; call update() after step()")
         if self.enabled and self._found_inf is None:
@@ -118,7 +118,7 @@ class GradScaler:
         return True
 
     def update(self) -> None:
-        """Choose the next step's scale."""
+        """Set the scale for the next step."""
         if not self.enabled:
             return
         if self._found_inf is None:
@@ -130,13 +130,13 @@ class GradScaler:
             self._good_steps += 1
             if self._good_steps == self.growth_interval:
                 grown = self._scale * self.growth_factor
-                if grown < float(np.finfo(np.float32).max):  # from infinity no halving leads back
+                if grown < float(np.finfo(np.float32).max):  # halving could not undo an infinite scale
                     self._scale = grown
                 self._good_steps = 0
         self._found_inf, self._stepped = None, False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds: PyTorch's names."""
+        """The state for a checkpoint, under PyTorch's names."""
         return {
             "scale": self._scale,
             "growth_factor": self.growth_factor,

@@ -1,12 +1,12 @@
-"""Randomness as a function of (seed, counter), never of what was drawn before.
+"""Randomness as a function of (seed, counter), independent of earlier draws.
 
 So a dropout mask need not be stored (backward draws it again), a recomputed block sees the same masks, and a
-resumed run goes on with the same numbers. The generator is Philox (Salmon et al., 2011), which can start
+resumed run continues with the same numbers. The generator is Philox (Salmon et al., 2011), which can start
 anywhere in its stream.
 
-Each context has its own (seed, counter); `next_key()` hands out keys. Sample i of a batch takes its mask from its own
-place in the stream, so that a thread which works on samples 6..11 of a batch (`seed(..., first_sample=6)`) draws what
-a single thread would have drawn for them.
+Each context has its own (seed, counter); `next_key()` returns keys. Sample i of a batch takes its mask from its own
+part of the stream, so a thread that works on samples 6..11 of a batch (`seed(..., first_sample=6)`) draws the same
+numbers for them as a single thread.
 """
 
 from contextvars import ContextVar
@@ -19,12 +19,12 @@ from .array import Array, array_module
 
 _WORDS_A_BLOCK = 8  # 32-bit words in one block of Philox's stream
 
-# The first number of a `generator` key names its stream: equal seeds draw independent numbers in each.
+# The first number of a `generator` key selects a stream; with equal seeds the streams are independent.
 BATCHES, SAMPLES = 1, 2
 
 
 class Key(NamedTuple):
-    """What a mask is a function of."""
+    """The arguments of a mask: equal keys give equal masks."""
 
     seed: int
     counter: int
@@ -52,13 +52,13 @@ def next_key() -> Key:
 
 
 def uniform(key: Key, shape: tuple[int, ...], like: Array, rows: tuple[int, int] | None = None) -> Array:
-    """float32 numbers in [0, 1) on the device of `like`; axis 0 of `shape` is the sample.
+    """Uniform float32 numbers in [0, 1) on the device of `like`; axis 0 of `shape` is the sample.
 
-    With `rows` = (start, end), only those of axis 1: the same numbers as in the whole. They are drawn on the host, so
-    that both devices see the same ones.
+    With `rows` = (start, end), only these rows of axis 1, with the numbers they have in the whole. All are drawn on the
+    host, so that both devices get the same numbers.
     """
     samples, a_sample = (shape[0], prod(shape[1:])) if shape else (1, 1)
-    blocks = -(-a_sample // _WORDS_A_BLOCK)  # whole blocks a sample, so that each starts at a block of its own
+    blocks = -(-a_sample // _WORDS_A_BLOCK)  # per sample, rounded up so that each sample starts at a new block
     first = key.first_sample * blocks
     if rows is None:
         words = _words(key, first, samples * blocks).reshape(samples, blocks * _WORDS_A_BLOCK)[:, :a_sample]
@@ -75,8 +75,8 @@ def uniform(key: Key, shape: tuple[int, ...], like: Array, rows: tuple[int, int]
 
 
 def _words(key: Key, block: int, blocks: int) -> np.ndarray:
-    """32-bit words of the key's stream, from a block on."""
-    # As arrays of uint64: of a list with a number above 2**63, NumPy makes float64.
+    """32-bit words of the key's stream: `blocks` blocks from block `block` on."""
+    # As arrays of uint64: NumPy would turn a list with a number above 2**63 into float64.
     philox_key = np.array([_word(key.seed), _word(key.counter)], np.uint64)
     counter = np.array([block, 0, 0, 0], np.uint64)
     raw = np.random.Philox(key=philox_key, counter=counter).random_raw(blocks * _WORDS_A_BLOCK // 2)
@@ -84,16 +84,16 @@ def _words(key: Key, block: int, blocks: int) -> np.ndarray:
 
 
 def generator(*key: int) -> np.random.Generator:
-    """A NumPy generator that depends on these whole numbers alone, on all of them."""
-    # Each number fills two words of 32 bits: left to itself SeedSequence takes (1, 0) and (1,) for the same.
+    """A NumPy generator that depends on all of these integers, and on nothing else."""
+    # The length, and two 32-bit words for each number: by default SeedSequence does not distinguish (1, 0) from (1,).
     entropy = [len(key), *(half for k in key for half in divmod(_word(k), 2**32))]
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
 
 
 def next_generator() -> np.random.Generator:
-    """A generator of its own for the next random initialisation in this context."""
+    """A new generator for the next random initialisation in this context."""
     key = next_key()
-    return generator(key.seed, key.counter, 0, key.first_sample)  # the 0 is historical: every seed keeps its numbers
+    return generator(key.seed, key.counter, 0, key.first_sample)  # the 0 keeps the numbers of earlier versions
 
 
 def _word(n: Any) -> int:

@@ -1,4 +1,4 @@
-"""Activation recomputation (Chen et al., 2016): forget what a part of the model saved, compute it again in backward."""
+"""Activation recomputation (Chen et al., 2016): drop the activations of a part of the model, recompute in backward."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +9,11 @@ from .tensor import Tensor
 
 
 class Recompute(Unfolding):
-    """Forward runs `fn` without recording and saves its inputs alone; backward runs it again, recorded.
+    """Forward runs `fn` without recording and saves only its inputs; backward runs it again, recorded.
 
-    The new graph begins where the inputs came from, so the walk goes on through it as if it had been recorded the
-    first time: every gradient is added up in the same order, bit for bit. The second run has the dropout masks, the
-    casts, the engines and the overrides of the first.
+    The new graph is connected to the nodes of the inputs, so the walk continues through it as if it had been recorded
+    the first time: the gradients are added in the same order and are bit for bit equal. The second run has the dropout
+    masks, the casts, the engines and the overrides of the first.
     """
 
     half = "as it is"
@@ -65,13 +65,13 @@ def _tuple(y: Any) -> tuple[Any, ...]:
 
 @registry.replaceable
 def checkpoint(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
-    """fn(*inputs, **kwargs), saving only the tensors among the inputs instead of all that happens inside.
+    """fn(*inputs, **kwargs), saving only the tensors among the inputs instead of everything computed inside.
 
     `fn` returns a Tensor or a tuple of Tensors, and must do the same when it is run again. It may use parameters,
     dropout, autocast and checkpoint itself. Tensors among `inputs` and `kwargs` get gradients; the rest is passed on.
-    What was computed from parameters outside must come in as an input of its own, not in a list or a closure.
-    Raises ValueError where no tensor given to it requires a gradient (pass the input through an embedding or a layer
-    first, or do not checkpoint). Without recording it is just a call.
+    A tensor computed outside that requires a gradient must be an input of its own, not in a list or a closure.
+    Raises ValueError if no input tensor requires a gradient (pass the input through an embedding or a layer
+    first, or do not checkpoint). Without recording it only calls `fn`.
     """
     if not autograd.is_grad_enabled():
         return fn(*inputs, **kwargs)
@@ -87,7 +87,7 @@ def checkpoint(fn: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Any:
             "checkpoint a later part of the model, or call the function directly"
         )
 
-    # The node must not hold the tensors twice: what it saves is dropped in time, what a closure holds is not.
+    # The closure must not hold the tensors: backward releases what the node saved, but not what a closure holds.
     groups = list(places_of.values())
     others = {place: x for place, x in given.items() if not isinstance(x, Tensor)}
 

@@ -1,10 +1,10 @@
 """Which implementation runs: a student's version, a faster twin, or the reference.
 
-One mechanism for all. `Op.apply`, and each function declared `@replaceable`, asks `implementation(...)`, which answers
-with the `override` in force, or the first twin of the engines in force that supports the inputs, or the reference.
+`Op.apply`, and each function declared `@replaceable`, calls `implementation(...)`, which returns
+the `override` in force, or the first twin of the engines in force that supports the inputs, or the reference.
 
-An engine is a name. "composed" builds an op out of smaller ones (composed.py); "blocked", "numba" and "mkl" are faster
-(fused/). After `import tinylm` none is in force: what runs is the page that you read.
+An engine is a name. "composed" builds an op from smaller ones (composed.py); "blocked", "numba" and "mkl" are faster
+(fused/). After `import tinylm` no engine is in force: the references in `tinylm/ops/` run.
 """
 
 import threading
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from .autograd import Op
 
 _twins: dict[Any, dict[str, list[Any]]] = {}  # op or function -> engine -> its twins, the newest first
-_default: tuple[str, ...] = ()  # the engines in force where no block says otherwise
+_default: tuple[str, ...] = ()  # the engines in force outside blocks that choose engines
 
 
 def implementation(target: Any, record: Settings, args: Any, params: dict[str, Any]) -> Any:
-    """What runs for `target` (an op, or a function's reference) on these arguments."""
+    """The class or function that runs for `target` (an op, or a function's reference) on these arguments."""
     if record.overrides:
         for other in record.overrides.values():
             other.saw(target)
@@ -39,7 +39,7 @@ def implementation(target: Any, record: Settings, args: Any, params: dict[str, A
 
 
 def replaceable(function: Callable[..., Any]) -> Any:
-    """Decorator: `function` may have twins and may be overridden, as an op may."""
+    """Decorator: `function` may have twins and may be overridden, like an op."""
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -54,8 +54,8 @@ def fused(target: Any, engine: str, supports: Callable[..., bool] | None = None)
     """Decorator: register a twin of `target`, an op or a replaceable function, as part of `engine`.
 
     A twin of an op is a subclass of it that replaces both forward and backward, or neither (only a helper); its
-    classmethod `supports(*arrays, **params)` says for which inputs it runs. Engine "composed" has functions of Tensors
-    instead. A twin of a function is a function, and `supports` is given here.
+    classmethod `supports(*arrays, **params)` says which inputs it handles. Engine "composed" has functions of Tensors
+    instead. A twin of a function is a function; its `supports` is passed here.
     """
 
     def register(twin: Any) -> Any:
@@ -74,16 +74,16 @@ def _always(*args: Any, **params: Any) -> bool:
 
 
 def engines(*names: str) -> Block:
-    """Context manager: put these engines in force, the first first, and no others. `engines()` is none of them.
+    """Context manager: put these engines in force, in this order of preference, and no others. `engines()`: none.
 
-    Raises ValueError for an engine of which nothing is registered: load it first (`fused.load("numba")`).
+    Raises ValueError for an engine that is not registered: load it first (`fused.load("numba")`).
     """
     _known(names)
     return Block(engines=names)
 
 
 def reference_only() -> Block:
-    """Context manager: run the readable reference of every op and function, and no twin."""
+    """Context manager: run the reference of every op and function, and no twin."""
     return engines()
 
 
@@ -94,7 +94,7 @@ def engines_in_force() -> tuple[str, ...]:
 
 
 def set_default_engines(*names: str) -> None:
-    """The engines in force, from now on, wherever no block says otherwise: in every thread."""
+    """Set the engines in force outside blocks that choose engines, in every thread."""
     global _default
     _known(names)
     _default = names
@@ -116,8 +116,8 @@ class override(Block):
         print(mine.forward_calls, mine.backward_calls)
 
     The replacement of an op is a subclass of it that replaces both forward and backward, or neither; that of a function
-    is a function. It goes before every engine, and reaches workers and recomputation. A block that ends without an
-    error and in which the replacement was never called warns. Raises TypeError for what cannot replace `target`.
+    is a function. It takes precedence over every engine, and applies in workers and recomputation. If the block ends
+    without an error and the replacement was never called, it warns. Raises TypeError for an invalid replacement.
     """
 
     def __init__(self, target: Any, replacement: Any):
@@ -130,11 +130,11 @@ class override(Block):
         super().__init__(overrides={target: self})
         self.target, self.replacement = target, replacement
         self.forward_calls = self.backward_calls = 0
-        self._others: set[Any] = set()  # what else ran inside
+        self._others: set[Any] = set()  # the other targets that ran inside
         self._lock = threading.Lock()
 
     def saw(self, target: Any) -> None:
-        """Note that `target` is about to run."""
+        """Record that `target` is about to run."""
         if target is not self.target:
             self._others.add(target)
         else:
@@ -142,7 +142,7 @@ class override(Block):
                 self.forward_calls += 1
 
     def went_back(self) -> None:
-        """Note that a node of the replacement was walked."""
+        """Record that the backward of a node of the replacement ran."""
         with self._lock:
             self.backward_calls += 1
 
@@ -162,13 +162,13 @@ class override(Block):
 
 
 def _parts(target: Any) -> set[Any]:
-    """The ops that `target` is composed of, and those that these are composed of."""
+    """The ops that `target` is composed of, directly and indirectly."""
     direct = {part for twin in _twins.get(target, {}).get("composed", ()) for part in getattr(twin, "parts", ())}
     return direct.union(*map(_parts, direct))
 
 
 def check(op: type["Op"], replacement: Any) -> None:
-    """Raise TypeError unless `replacement` may stand in for `op`."""
+    """Raise TypeError unless `replacement` may replace `op`."""
     own = vars(replacement).keys() if isinstance(replacement, type) and issubclass(replacement, op) else set()
     halves = {"forward", "backward"} & own
     if len(halves) == 1 or not any(name in own for name in dir(op) if not name.startswith("__")):

@@ -1,4 +1,4 @@
-"""A run, or several side by side, as one HTML page that needs nothing but a browser.
+"""A run, or several for comparison, as one self-contained HTML page.
 
 python -m tinylm.report runs/char
 python -m tinylm.report runs/small runs/large --out comparison.html
@@ -19,8 +19,8 @@ from .diagnosis import Monitor, read_metrics
 from .files import writable_folder, write_whole
 from .plots import smooth
 
-POINTS = 1000  # of a curve, more cannot be told apart on a screen
-SAMPLES = 8  # of a run that are shown
+POINTS = 1000  # per curve; a screen cannot show more
+SAMPLES = 8  # shown per run
 COLUMNS = ("step", "tokens", "seconds", "loss", "lr", "grad_norm", "tokens_per_second")
 
 
@@ -43,13 +43,13 @@ def main() -> None:
 
 
 def report(folders: Iterable[str | Path]) -> str:
-    """The page, as a text. Raises ValueError that says what is wrong with a folder."""
+    """The page, as a string. Raises ValueError that says what is wrong with a folder."""
     paths = [Path(folder) for folder in folders]
     runs = [read_run(path) for path in paths]
     for run, name in zip(runs, names(paths), strict=True):
         run["name"] = name
-    # Every text that a run brings along reaches the page through this JSON and textContent, never as HTML; and with no
-    # "<" in it, nothing in the JSON can end the <script> that it stands in.
+    # Every text of a run enters the page through this JSON and textContent, never as HTML; and as the JSON has no "<",
+    # it cannot end its <script> element.
     data = json.dumps({"runs": runs}, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
     before, after = template.split("{{data}}")
@@ -58,7 +58,7 @@ def report(folders: Iterable[str | Path]) -> str:
 
 
 def names(folders: list[Path]) -> list[str]:
-    """The shortest ends of the paths that tell the runs apart."""
+    """The shortest path endings that distinguish the runs."""
     parts = [folder.resolve().parts for folder in folders]
     length = 1
     while len({p[-length:] for p in parts}) < len(set(parts)):
@@ -67,7 +67,7 @@ def names(folders: list[Path]) -> list[str]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """What the page shows of the run in `folder`."""
+    """The data that the page shows of the run in `folder`. Raises ValueError for a folder that is not a run."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     if not (folder / "metrics.jsonl").is_file():
@@ -91,7 +91,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     config = read_config(folder / "config.json")
     clip = config.get("clip")
     return {
-        # As Python writes the values: JavaScript's numbers would make 1 of 1.0, and lose 2**60.
+        # As strings written by Python: JavaScript would show 1.0 as 1, and round 2**60.
         "config": {name: show(value) for name, value in config.items()},
         "clip": clip if isinstance(clip, int | float) and math.isfinite(clip) else None,
         "notFinite": not_finite,
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def curves(columns: dict[str, np.ndarray], evaluations: list[tuple[int, float]]) -> dict[str, Any]:
-    """The columns in POINTS pieces at most: of each its end, and of what jumps the lowest and the highest value."""
+    """The columns in at most POINTS pieces: the last value of each; for noisy ones also the minimum and the maximum."""
     n = len(columns["step"])
     starts = np.linspace(0, n, min(n, POINTS), endpoint=False).astype(int)
     ends = np.append(starts[1:], n) - 1
@@ -151,7 +151,7 @@ def curves(columns: dict[str, np.ndarray], evaluations: list[tuple[int, float]])
 
 
 def number(value: float) -> float | None:
-    """For JSON: null for what is not finite; a whole number as it is, others to the five digits a picture needs."""
+    """For JSON: None for a non-finite number; integers unchanged, others rounded to five significant digits."""
     value = float(value)
     if not math.isfinite(value):
         return None
@@ -163,7 +163,7 @@ def plain(values: np.ndarray) -> list[float | None]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The configuration with its nested objects laid flat: {"a": {"b": 1}} becomes {"a.b": 1}. Empty without a file."""
+    """The configuration with nested objects flattened: {"a": {"b": 1}} becomes {"a.b": 1}. Empty without a file."""
     if not path.is_file():
         return {}
     try:
@@ -209,7 +209,7 @@ def read_samples(path: Path) -> list[dict[str, str]]:
 
 
 def evenly(items: list[Any], most: int) -> list[Any]:
-    """At most `most` of the items, the first and the last among them."""
+    """At most `most` of the items, evenly spaced, including the first and the last."""
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

@@ -1,12 +1,12 @@
-"""A run is a folder: its configuration, its metrics, its checkpoints, and what the model wrote on the way.
+"""A run is a folder: its configuration, its metrics, its samples and its checkpoints.
 
     config.json                     how it was started
-    metrics.jsonl                   a line a step, and a line an evaluation
-    samples.txt                     what the model wrote at each evaluation
+    metrics.jsonl                   one line per step, and one per evaluation
+    samples.txt                     text that the model generated at each evaluation
     checkpoints/step-00000250/      model.safetensors, optimizer.safetensors, state.json
 
-A checkpoint is written into a folder aside, flushed to the disk and renamed, so it appears whole or not at all; its
-checksums tell later damage. Nothing is pickled: weights are safetensors, the rest is JSON.
+A checkpoint is written into a temporary folder, flushed to the disk and renamed, so it appears whole or not at all; its
+checksums reveal later damage. Nothing is pickled: weights are safetensors, the rest is JSON.
 """
 
 import hashlib
@@ -29,14 +29,14 @@ from .files import sync, write_whole
 from .gpt import GPT, GPTConfig
 from .training import Step, TrainState, evaluate, first_not_finite
 
-FORMAT = 2  # of state.json; raised when an older reader would misread it
-READABLE = (1, 2)  # whose weights can be loaded; a run can only be resumed in its own format
+FORMAT = 2  # of state.json; increased when an older reader would misread it
+READABLE = (1, 2)  # formats whose weights can be loaded; a run can only be resumed in the current format
 TENSORS = ("model.safetensors", "optimizer.safetensors")
 LOGS = ("metrics.jsonl", "samples.txt")
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not as it was written. The message names the file and what is wrong with it."""
+    """A checkpoint that is damaged or unreadable. The message names the file and says what is wrong with it."""
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Checkpoint:
         return int(self.path.name.removeprefix("step-"))
 
     def read(self) -> tuple[dict[str, Any], dict[str, Array], dict[str, Array]]:
-        """(state, model's arrays, optimizer's arrays). Raises DamagedError for anything but what was written."""
+        """(state, model's arrays, optimizer's arrays). Raises DamagedError for any difference to what was written."""
         from safetensors.numpy import load
 
         state = self.state()
@@ -63,13 +63,13 @@ class Checkpoint:
         return state, tensors[0], tensors[1]
 
     def state(self) -> dict[str, Any]:
-        """state.json alone, its own checksum verified."""
+        """The content of state.json, with its own checksum verified. Raises DamagedError."""
         path, content = self.path / "state.json", self._content("state.json")
         try:
             state = json.loads(content)
             expected = state["sha256"].pop("state.json")
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise DamagedError(f"{path} is damaged, or not of tinylm") from None
+            raise DamagedError(f"{path} is damaged, or was not written by tinylm") from None
         if _checksum(state) != expected:
             raise DamagedError(f"{path} does not match its checksum")
         if state["format"] not in READABLE:
@@ -84,14 +84,14 @@ class Checkpoint:
 
 
 class Run:
-    """A run's folder, opened for writing. `Run(folder)` touches nothing until the first call that writes."""
+    """A run's folder, opened for writing. `Run(folder)` itself changes nothing on the disk."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self.checkpoint_folder = self.folder / "checkpoints"
         self.tokens = 0
         self.seconds = 0.0
-        self._unwritten = ""  # metrics that the disk had no room for
+        self._unwritten = ""  # metrics not yet written because the disk was full
 
     # --- configuration ----------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ class Run:
         return os.path.exists(self.folder / "config.json") or bool(self.checkpoints())
 
     def config(self) -> dict[str, Any]:
-        """What the run was started with. Raises ValueError where config.json is not to be read."""
+        """The configuration the run was started with. Raises ValueError if config.json cannot be read."""
         path = self.folder / "config.json"
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
@@ -113,7 +113,7 @@ class Run:
         return config
 
     def start(self, config: dict[str, Any]) -> None:
-        """Begin a new run in the folder, over whatever run was there."""
+        """Begin a new run in the folder; a run that was there is deleted."""
         if self.checkpoint_folder.exists():
             shutil.rmtree(self.checkpoint_folder)
         for name in LOGS:
@@ -127,7 +127,7 @@ class Run:
     # --- metrics and samples ----------------------------------------------------------------------------------
 
     def record(self, step: Step) -> list[dict[str, Any]]:
-        """Append to metrics.jsonl what a step did; returns the lines, the step's and its evaluation's if it had one."""
+        """Append a step's metrics to metrics.jsonl; returns the lines: the step's, and its evaluation's if any."""
         self.tokens += step.tokens
         self.seconds += step.seconds
         line = {
@@ -150,11 +150,11 @@ class Run:
         return lines
 
     def record_sample(self, step: int, text: str) -> None:
-        """Append what the model writes after `step` steps to samples.txt."""
+        """Append a text that the model generated after `step` steps to samples.txt."""
         self._append("samples.txt", f"=== step {step}\n{text}\n")
 
     def _append(self, name: str, text: str) -> None:
-        """Add to the end of a file: all of it or, where the disk is full, nothing."""
+        """Append all of `text` to a file, or nothing if the disk is full (then it raises OSError)."""
         path = self.folder / name
         size = path.stat().st_size if path.exists() else 0
         try:
@@ -166,7 +166,7 @@ class Run:
             raise
 
     def _forget_after(self, step: int) -> None:
-        """Drop the metrics and samples of later steps, and a line that a killed process left unfinished."""
+        """Delete the metrics and samples of later steps, and a line that a killed process left incomplete."""
         metrics, samples = self.folder / "metrics.jsonl", self.folder / "samples.txt"
         metrics.touch()
         records = _records(metrics.read_text(encoding="utf-8", errors="replace"))
@@ -179,17 +179,17 @@ class Run:
     # --- checkpoints ------------------------------------------------------------------------------------------
 
     def checkpoints(self) -> list[Checkpoint]:
-        """All that are there, damaged or not, oldest first."""
+        """All checkpoints, damaged or not, oldest first."""
         if not self.checkpoint_folder.exists():
             return []
         named = [path for path in self.checkpoint_folder.iterdir() if re.fullmatch(r"step-\d+", path.name)]
         return sorted((Checkpoint(path) for path in named if path.is_dir()), key=lambda checkpoint: checkpoint.step)
 
     def save(self, state: TrainState, vocabulary: Vocabulary, data: str, keep_last: int = 2) -> Path:
-        """Save a checkpoint; drop those that are neither among the `keep_last` newest nor the best. Returns its path.
+        """Save a checkpoint; delete all but the `keep_last` newest and the best. Returns its path.
 
-        `data` identifies the data (see `data.fingerprint`). Raises OSError where it cannot be written, and
-        FloatingPointError for a state that has gone bad: the checkpoints that were there are then as they were.
+        `data` identifies the data (see `data.fingerprint`). Raises OSError if it cannot be written, and
+        FloatingPointError for a state that is not finite: the existing checkpoints are then unchanged.
         """
         from safetensors.numpy import save
 
@@ -220,7 +220,7 @@ class Run:
         content["state.json"] = json.dumps(described, indent=1).encode()
 
         path = self.checkpoint_folder / f"step-{state.step:08}"
-        for name in LOGS:  # or a power cut might leave them behind the checkpoint
+        for name in LOGS:  # otherwise a power cut might lose lines from before the checkpoint
             with suppress(FileNotFoundError):
                 sync(self.folder / name)
         self._write(path, content)
@@ -228,7 +228,7 @@ class Run:
         return path
 
     def _write(self, path: Path, content: dict[str, bytes]) -> None:
-        """A folder of files that appears whole or not at all."""
+        """Write a folder of files whole or not at all."""
         self._sweep()
         aside = path.with_name(f".{path.name}.{os.getpid()}")
         try:
@@ -247,7 +247,7 @@ class Run:
             shutil.rmtree(aside, ignore_errors=True)
 
     def _sweep(self) -> None:
-        """Remove what a killed process was writing aside."""
+        """Remove temporary files and folders left by a killed process."""
         for path in self.checkpoint_folder.glob(".step-*"):
             shutil.rmtree(path, ignore_errors=True)
         for name in ("config.json", *LOGS):
@@ -262,11 +262,11 @@ class Run:
                 shutil.rmtree(checkpoint.path)
 
     def resume(self, state: TrainState, vocabulary: Vocabulary, data: str, tell: Callable[[str], None]) -> None:
-        """Bring `state` to the newest sound checkpoint, and the metrics to its step.
+        """Load the newest sound checkpoint into `state`, and cut the metrics to its step.
 
-        A damaged checkpoint is told of by `tell` and passed over. With no checkpoint at all, the run begins at its
-        beginning. Raises ValueError for another model shape, vocabulary or data (it says which), or where every
-        checkpoint is damaged; `state` and the folder are untouched then.
+        A damaged checkpoint is reported by `tell` and skipped. Without any checkpoint the run starts at its first step.
+        Raises ValueError for another model shape, vocabulary or data (it says which), or if every checkpoint is
+        damaged; `state` and the folder are unchanged then.
         """
         saved = self.checkpoints()
         for checkpoint in reversed(saved):
@@ -284,7 +284,7 @@ class Run:
             random.seed(*described["random"])
             self.tokens, self.seconds = described["tokens"], described["seconds"]
             tell(f"resumed after step {state.step} from {checkpoint.path}")
-            for damaged in saved[saved.index(checkpoint) + 1 :]:  # or it would count as the newest when old ones go
+            for damaged in saved[saved.index(checkpoint) + 1 :]:  # so that _drop_old does not keep it as the newest
                 damaged.path.rename(damaged.path.with_name(f"damaged-{damaged.path.name}.{os.getpid()}"))
             break
         else:
@@ -296,9 +296,9 @@ class Run:
 
     @contextmanager
     def telling_last_good(self, state: TrainState) -> Iterator[None]:
-        """Inside, the FloatingPointError of a run that went bad also says which checkpoint is good.
+        """Inside, a FloatingPointError also names the last good checkpoint.
 
-        The metrics end with a line whose loss is null, for the report to see what happened.
+        A line whose loss is null is appended to the metrics, so that the report shows what happened.
         """
         try:
             yield
@@ -313,9 +313,9 @@ class Run:
 
 
 def load_model(folder: str | Path, device: str = "cpu") -> tuple[GPT, Vocabulary]:
-    """The model of a run's best checkpoint (of its newest, if none was evaluated), and its vocabulary.
+    """The model of a run's best sound checkpoint (of its newest, if none was evaluated), and its vocabulary.
 
-    Raises ValueError with one clear line where the folder holds no sound checkpoint.
+    Raises ValueError, with a one-line message, if the folder holds no sound checkpoint.
     """
     saved = Run(folder).checkpoints()
     if not saved:
@@ -336,7 +336,7 @@ def load_model(folder: str | Path, device: str = "cpu") -> tuple[GPT, Vocabulary
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, but for an unfinished last one. Raises ValueError where it cannot be read."""
+    """The records of a run's metrics.jsonl; damaged lines are skipped. Raises ValueError if it cannot be read."""
     path = Path(folder) / "metrics.jsonl"
     try:
         return list(_records(path.read_text(encoding="utf-8")))
@@ -346,14 +346,14 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
 def _records(text: str) -> Iterator[dict[str, Any]]:
     for line in text.splitlines():
-        with suppress(ValueError):  # a process that was killed in the middle of a line
+        with suppress(ValueError):  # a process may have been killed in the middle of a line
             record = json.loads(line)
             if isinstance(record, dict) and isinstance(record.get("step"), int):
                 yield record
 
 
 def _best(saved: list[Checkpoint]) -> Checkpoint | None:
-    """The checkpoint of the lowest validation loss, of those whose state is readable and was evaluated."""
+    """The checkpoint with the lowest validation loss, among those that are readable and were evaluated."""
     scored = []
     for checkpoint in saved:
         try:
@@ -366,11 +366,11 @@ def _best(saved: list[Checkpoint]) -> Checkpoint | None:
 
 
 def _same(described: dict[str, Any], state: TrainState, vocabulary: Vocabulary, data: str) -> None:
-    """Raise ValueError that names what the run was begun with and is another now."""
+    """Raise ValueError that names what differs from when the run was started."""
     if described["format"] != FORMAT:
         raise ValueError(
-            "cannot resume: the run was saved by an earlier version of tinylm, which rounded otherwise; it would not "
-            "go on bit for bit; its weights still load (to generate, for instance); begin a new run"
+            "cannot resume: the run was saved by an earlier version of tinylm, whose results were rounded differently; "
+            "its weights still load (to generate, for instance); begin a new run"
         )
     now = asdict(state.model.config)
     free = ("recompute", "dropout")  # these are not the model's shape
@@ -387,7 +387,7 @@ def _same(described: dict[str, Any], state: TrainState, vocabulary: Vocabulary, 
 
 
 def _check_finite(state: TrainState, tensors: dict[str, dict[str, np.ndarray]]) -> None:
-    """Raise FloatingPointError for a state gone bad. Huge weights are finite, what the model makes of them is not."""
+    """Raise FloatingPointError if an array, or the model's loss, is not finite (huge finite weights overflow)."""
     bad = [name for arrays in tensors.values() for name, a in arrays.items() if not all_finite([a])]
     culprit = f"{bad[0]} is not finite" if bad else ""
     if not bad:
@@ -403,5 +403,5 @@ def _on_host(arrays: dict[str, Array]) -> dict[str, np.ndarray]:
 
 
 def _checksum(state: dict[str, Any]) -> str:
-    """Of state.json without its own checksum."""
+    """The checksum of state.json, computed without itself."""
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

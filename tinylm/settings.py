@@ -1,8 +1,8 @@
-"""How this context runs: one immutable record in a context variable.
+"""The settings of the current context: one immutable record in a context variable.
 
-A block such as `with no_grad():` puts itself into the record and takes itself out when it ends, whatever else has
+A block such as `with no_grad():` adds itself to the record and removes itself when it ends, whatever other blocks have
 begun or ended since. So blocks may overlap, one object may be used twice or in several threads, and a generator that is
-closed in another context changes nothing there. A thread begins with the defaults; `Workers` run in a copy of their
+closed in another context changes nothing there. A thread starts with the defaults; `Workers` run in a copy of their
 caller's context.
 """
 
@@ -16,19 +16,19 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The record. Its fields follow from the blocks: of two that set the same field, the one that began last holds."""
+    """The record. Its fields follow from the blocks: of two that set the same field, the one that began last wins."""
 
     recording: bool = True
-    anomaly: bool = False  # look for values that are not finite, and for saved arrays that were changed
-    autocast: Callable[[Any], Any] | None = None  # casts an input of the ops that multiply; see precision.py
+    anomaly: bool = False  # check for values that are not finite, and for saved arrays that were changed
+    autocast: Callable[[Any], Any] | None = None  # casts an input or output of an op; see precision.py
     tracker: Any = None  # counts what the tape holds; see memory.py
-    engines: tuple[str, ...] | None = None  # names of the engines in force; None: the process's default
+    engines: tuple[str, ...] | None = None  # names of the engines in force; None: the default of the process
     overrides: Mapping[Any, Any] = field(default_factory=dict)  # op or function -> the `override` in force for it
     blocks: tuple["Block", ...] = ()
 
     @staticmethod
     def of(blocks: tuple["Block", ...]) -> "Settings":
-        """The record that these blocks make, the oldest first."""
+        """The record that results from these blocks, the oldest first."""
         fields: dict[str, Any] = {}
         overrides: dict[Any, Any] = {}
         for block in blocks:
@@ -38,7 +38,7 @@ class Settings:
 
 
 _record: ContextVar[Settings] = ContextVar("tinylm.settings", default=Settings())  # noqa: B039  (immutable)
-current = _record.get  # () -> this context's Settings; a C function, since every op asks
+current = _record.get  # () -> this context's Settings; a C function, because every op calls it
 
 
 class Block:
@@ -60,7 +60,7 @@ class Block:
                 return
 
     def __call__(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function` with each of its calls inside the block; of a generator, whatever runs between two values."""
+        """`function` with each call inside the block; for a generator function, each part between two yields."""
         if isgeneratorfunction(function):
 
             @wraps(function)
@@ -75,7 +75,7 @@ class Block:
                                 return stop.value
                         sent = yield value
                 finally:
-                    with self:  # it ends once, so an `override` warns once
+                    with self:  # entered and left once, so an `override` warns once
                         generator.close()
 
             return values
@@ -89,7 +89,7 @@ class Block:
 
 
 class Restored:
-    """Inside, an earlier record holds, but for `fields`: how recomputation runs a forward as it ran the first time."""
+    """Inside, an earlier record is in force, except for `fields`: recomputation repeats a forward with its settings."""
 
     def __init__(self, record: Settings, **fields: Any):
         self._inside = Settings.of((*record.blocks, Block(**fields)))

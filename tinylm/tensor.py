@@ -17,18 +17,18 @@ from .ops.softmax import softmax as _softmax
 
 
 class Tensor:
-    """An n-dimensional array that remembers how it was computed.
+    """An n-dimensional array that records how it was computed.
 
-    `data` is the raw array (NumPy or CuPy; its device is the tensor's device) and `grad` the raw array of the
-    same shape and dtype that backward fills, on leaves that require a gradient. Lists and Python floats
+    `data` is the raw array (NumPy or CuPy; its device is the tensor's device). `grad` is the raw array of the
+    same shape and dtype that backward fills, on leaves that require a gradient. Lists of floats and Python floats
     become float32, or `dtype`; arrays keep their dtype. A tensor of integers or booleans has no gradient.
 
-    `Tensor(array)` shares the array's memory; `tensor(array)` and `Parameter(array)` copy it. Raises TypeError for what
-    is no array of numbers (np.matrix and masked arrays among it).
+    `Tensor(array)` shares the array's memory; `tensor(array)` and `Parameter(array)` copy it. Raises TypeError for
+    anything but an array of numbers (also for np.matrix and masked arrays).
     """
 
     __slots__ = ("__weakref__", "data", "grad", "op", "requires_grad", "slot")
-    __array_ufunc__ = None  # so that `array * tensor` asks the Tensor, instead of making an array of objects
+    __array_ufunc__ = None  # so that `array * tensor` calls the Tensor's operator, and makes no array of objects
     __hash__ = object.__hash__
 
     data: Array
@@ -68,7 +68,7 @@ class Tensor:
         self.requires_grad = op is not None
         return self
 
-    # --- what it is -------------------------------------------------------------------------------------------
+    # --- properties -------------------------------------------------------------------------------------------
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -141,7 +141,7 @@ class Tensor:
 
     def __bool__(self) -> bool:
         if self.size != 1:
-            raise ValueError(f"the truth of a tensor of shape {self.shape} is ambiguous; use .any() or .all()")
+            raise ValueError(f"the truth value of a tensor of shape {self.shape} is ambiguous; use .any() or .all()")
         return bool(self.data.item())
 
     def any(self) -> bool:
@@ -164,7 +164,7 @@ class Tensor:
         return Tensor(self.data)
 
     def requires_grad_(self, requires_grad: bool = True) -> "Tensor":
-        """Ask for a gradient on this leaf, or stop asking; returns the tensor itself."""
+        """Set whether this leaf requires a gradient; returns the tensor itself."""
         if self.op is not None:
             raise RuntimeError(
                 f"requires_grad_ is for leaves; this tensor was made by {self.op.name()} (detach() it first)"
@@ -188,7 +188,7 @@ class Tensor:
         memo[id(self)] = other
         return other
 
-    # --- where and as what ------------------------------------------------------------------------------------
+    # --- device and dtype -------------------------------------------------------------------------------------
 
     def to(self, target: Any) -> "Tensor":
         """On another device ('cpu', 'cuda': a new leaf, outside the graph) or in another dtype (recorded)."""
@@ -242,7 +242,7 @@ class Tensor:
     def __pos__(self) -> "Tensor":
         return self
 
-    # Comparisons give tensors of booleans, outside the graph.
+    # Comparisons return tensors of booleans, outside the graph.
 
     def __eq__(self, other: Any) -> Any:
         return Tensor(self.data == _raw(other)) if _comparable(other) else NotImplemented
@@ -305,12 +305,12 @@ def _comparable(x: Any) -> bool:
 
 
 def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_grad: bool = False) -> Tensor:
-    """A Tensor with memory of its own, of a list, number, array or Tensor; see `Tensor`."""
+    """A Tensor with its own memory, from a list, number, array or Tensor; see `Tensor`."""
     return owned(Tensor(data, dtype, device, requires_grad), data)
 
 
 def owned(new: Tensor, given: Any) -> Tensor:
-    """`new`, made of `given`, with memory of its own."""
+    """`new`, made from `given`, with its own memory."""
     given = _raw(given)
     if is_array(given) and (new.data is given or new.data.base is not None):
         new.data = new.data.copy(order="K") if isinstance(given, np.ndarray) else new.data.copy()

@@ -31,10 +31,10 @@ class TrainConfig:
     beta1: float = 0.9
     beta2: float = 0.99
     weight_decay: float = 0.3
-    clip: float = 1.0  # largest global gradient norm; 0 does not clip
-    eval_every: int = 250  # steps; 0 evaluates at the end only
-    eval_tokens: int = 0  # evaluate on the first so many tokens for validation; 0 on all of them
-    early_stop: int = 0  # stop after so many evaluations without a new best one; 0 never
+    clip: float = 1.0  # largest global gradient norm; 0: no clipping
+    eval_every: int = 250  # steps; 0: only at the end
+    eval_tokens: int = 0  # number of validation tokens, from the first on; 0: all
+    early_stop: int = 0  # stop after this many evaluations without a new best; 0: never
     threads: int = 1  # workers that share a batch's sequences
     dtype: str = "float32"  # of the activations; float16 scales the loss
     seed: int = 1337
@@ -51,7 +51,7 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
         if self.dtype not in ("float32", "float16"):
             raise ValueError(f"dtype must be float32 or float16, not {self.dtype!r}")
-        if self.eval_tokens < 0 or self.eval_tokens == 1:  # of one token there is none to predict
+        if self.eval_tokens < 0 or self.eval_tokens == 1:  # with one token there is none to predict
             raise ValueError(f"eval_tokens must be 0 or at least 2, not {self.eval_tokens}")
         if self.accumulate > self.batch_size:
             raise ValueError(f"accumulate ({self.accumulate}) cannot exceed batch_size ({self.batch_size})")
@@ -59,7 +59,7 @@ class TrainConfig:
 
 @dataclass
 class Step:
-    """What one step did."""
+    """The results of one step."""
 
     step: int  # from 1
     loss: float  # nats a token, of the batch before the update
@@ -73,7 +73,7 @@ class Step:
 
 
 class TrainState:
-    """All that a run needs to go on from where it stands: what a checkpoint holds."""
+    """All that a run needs to continue: the content of a checkpoint."""
 
     def __init__(self, model: GPT, config: TrainConfig):
         self.model = model
@@ -87,16 +87,16 @@ class TrainState:
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done, or so many evaluations brought nothing that training stops early."""
+        """Whether all steps are done, or `early_stop` evaluations in a row brought no new best."""
         return self.step >= self.config.steps or 0 < self.config.early_stop <= self.evaluations_since_best
 
 
 def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -> Iterator[Step]:
-    """Train `state.model` in place from step `state.step` on, and yield what each step did, as it is done.
+    """Train `state.model` in place from step `state.step` on, and yield the results of each step.
 
-    Everything random depends on the seed and the step alone, so a run that is stopped after any yield and goes on from
-    a copy of `state` does exactly what it would have done. Raises FloatingPointError at a loss or gradient that is not
-    finite, before it reaches the parameters; it names the first tensor that went bad.
+    Everything random depends only on the seed and the step, so a run that is stopped after any yield and continued from
+    a copy of `state` is bit for bit equal to an unbroken one. Raises FloatingPointError at a loss or gradient that is
+    not finite, before it reaches the parameters; it names the first tensor that is not finite.
     """
     model, optimizer, scaler, config = state.model, state.optimizer, state.scaler, state.config
     val_tokens = val_tokens[: config.eval_tokens or None]
@@ -112,11 +112,11 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
             loss_scale = scaler.get_scale()
             scaler.unscale_(optimizer)
             grad_norm, coefficient = clip(optimizer.parameters(), config.clip or math.inf)
-            # With loss scaling a gradient may overflow: the scaler skips the step and halves the scale, while it can.
+            # With loss scaling a gradient may overflow: the scaler then skips the step and halves the scale.
             overflow_is_normal = scaler.enabled and loss_scale > 1
             if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflow_is_normal)):
                 culprit = first_not_finite(model, lambda: batch_gradient(state, train_tokens, workers))
-                culprit = culprit or "a second look found nothing: the norm of the gradient itself is beyond its dtype"
+                culprit = culprit or "a second run found nothing: the norm of the gradient itself overflows"
                 norm = f"{grad_norm:.4g}" + (f" at a loss scale of {loss_scale:g}" if scaler.enabled else "")
                 raise FloatingPointError(
                     f"step {state.step + 1}: the loss is {loss:.4g} and the gradient norm {norm}; {culprit}"
@@ -148,8 +148,8 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
 def batch_gradient(state: TrainState, tokens: np.ndarray, workers: Workers) -> float:
     """Add the gradient of this step's mean loss, times the loss scale, to the parameters; return the loss.
 
-    One micro-batch after another, and of each micro-batch every worker its share: each loss is weighted by its share of
-    the batch's sequences, and the gradients sum up to those of the whole batch, in the memory of one micro-batch.
+    The micro-batches run one after another, and the workers share the sequences of each. Each loss is weighted by its
+    share of the batch's sequences, so the gradients sum to that of the whole batch, in the memory of one micro-batch.
     """
     config, step = state.config, state.step
 
@@ -165,11 +165,11 @@ def batch_gradient(state: TrainState, tokens: np.ndarray, workers: Workers) -> f
             mine = workers.share(len(batch[0]), rank)
             x, y = (to_device(a[mine], device) for a in batch)
             if len(x):
-                # Dropout's masks depend on the step and on the sequence's place in the batch, however it is divided.
+                # Dropout masks depend on the step and the sequence's place in the batch, not on how it is divided.
                 random.seed(config.seed, (step + 1) << 32, first_sample=first + mine.start)
                 with autocast(config.dtype):
                     part = model.loss(x, y) * (len(x) / config.batch_size)
-                with np.errstate(over="ignore", invalid="ignore"):  # train() looks for an overflow, and can mend it
+                with np.errstate(over="ignore", invalid="ignore"):  # train() checks for an overflow
                     state.scaler.scale(part).backward()
                 loss += part.item()
             first += len(batch[0])
@@ -179,7 +179,7 @@ def batch_gradient(state: TrainState, tokens: np.ndarray, workers: Workers) -> f
 
 
 def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
-    """Where the first value that is not finite is: a parameter, or an op while `compute` runs. Empty if nowhere."""
+    """Where the first non-finite value is: a parameter, or an op while `compute` runs. Empty if there is none."""
     for name, p in model.named_parameters():
         if not all_finite([p.data]):
             return f"parameter {name} is not finite before the step"
@@ -193,16 +193,16 @@ def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
 
 @no_grad()
 def evaluate(model: GPT, tokens: np.ndarray, batch_size: int, workers: Workers | None = None) -> float:
-    """Mean loss in nats a token over all of `tokens`, in consecutive blocks; in evaluation mode, nothing recorded.
+    """Mean loss in nats a token over all of `tokens`, in consecutive blocks; in evaluation mode, without recording.
 
-    Every token but the first is predicted once, from what precedes it in its block. Raises ValueError for fewer than
-    two tokens.
+    Every token but the first is predicted once, from the tokens before it in its block. Raises ValueError for fewer
+    than two tokens.
     """
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens are too few to evaluate on: there is none to predict")
     device = next(model.parameters()).device
     T = model.config.block_size
-    whole = (len(tokens) - 1) // T * T  # the tokens of the whole blocks; the ragged rest is a block of its own
+    whole = (len(tokens) - 1) // T * T  # tokens in whole blocks; the rest is one shorter block
     batches = [(start, min(start + batch_size * T, whole), T) for start in range(0, whole, batch_size * T)]
     if rest := len(tokens) - 1 - whole:
         batches.append((whole, whole + rest, rest))

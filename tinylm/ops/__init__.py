@@ -1,4 +1,4 @@
-"""The operations, one (or one tight family) a file. A new op is one file and one line here."""
+"""The operations, one (or one closely related family) per file. A new op is one file and one line here."""
 
 from .arith import add, cast, clone, div, exp, log, maximum, mul, neg, pow, relu, sqrt, sub, tanh, where
 from .attention import causal_attention

@@ -1,6 +1,6 @@
 """Element-wise arithmetic and functions: forward above backward.
 
-The engine brings the inputs to one dtype and undoes broadcasting, so each backward is just the formula.
+The tape converts the inputs to one dtype and undoes broadcasting, so each backward is just the formula.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ class Binary(Op):
 
 
 class Function(Op):
-    """A function of floating numbers, element by element."""
+    """An element-wise function of floating numbers."""
 
     floats = slice(None)
 
@@ -80,7 +80,7 @@ class Neg(Op):
 
 
 def _power(x, n):
-    """x**n; small whole exponents by multiplication, which is 50 times faster than NumPy's power."""
+    """x**n; exponents 2 and 3 by multiplication, which is 50 times faster than NumPy's power."""
     if n == 2:
         return x * x
     if n == 3:
@@ -152,11 +152,11 @@ class Relu(Op):
 
     def backward(self, dy):
         (y,) = self.saved
-        return array_module(dy).where(y <= 0, 0, dy)  # where y is NaN, dy goes on, as in PyTorch
+        return array_module(dy).where(y <= 0, 0, dy)  # where y is NaN, dx = dy, as in PyTorch
 
 
 class Maximum(Binary):
-    """A tie gives half of the gradient to each; beside a NaN both get all of it, as in PyTorch."""
+    """At a tie each input gets half of the gradient; where one is NaN both get all of it, as in PyTorch."""
 
     def forward(self, a, b):
         self.save(a, b)
@@ -222,7 +222,7 @@ def mul(a: Any, b: Any) -> "Tensor":
 
 
 def div(a: Any, b: Any) -> "Tensor":
-    """a / b, broadcasting; of integers float32."""
+    """a / b, broadcasting; float32 for integers."""
     return Div.apply(a, b)
 
 
@@ -272,7 +272,7 @@ def relu(x: Any) -> "Tensor":
 
 
 def maximum(a: Any, b: Any) -> "Tensor":
-    """The larger of a and b element by element, broadcasting; a tie gives half of the gradient to each."""
+    """The larger of a and b element by element, broadcasting; at a tie each gets half of the gradient."""
     return Maximum.apply(a, b)
 
 
@@ -288,7 +288,7 @@ def where(condition: Any, a: Any, b: Any) -> "Tensor":
 
 
 def cast(x: Any, dtype: Any) -> "Tensor":
-    """`x` in another dtype; the gradient comes back in x's own. Raises TypeError for casting a gradient away."""
+    """`x` in another dtype; the gradient keeps x's. Raises TypeError for an x with a gradient and a `dtype` without."""
     dtype = np.dtype(dtype)
     if getattr(x, "requires_grad", False) and dtype.kind != "f":
         raise TypeError(f"cast to {dtype} has no gradient; detach() the tensor first")
@@ -296,5 +296,5 @@ def cast(x: Any, dtype: Any) -> "Tensor":
 
 
 def clone(x: Any) -> "Tensor":
-    """A copy of `x` with memory of its own."""
+    """A copy of `x` in new memory."""
     return Clone.apply(x)

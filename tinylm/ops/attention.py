@@ -17,7 +17,7 @@ class CausalAttention(Op):
     """Y = P V with P = softmax(Q K^T / sqrt(D)) over the keys up to the query's own position.
 
     With dP = dY V^T:  dS = P * (dP - rowsum(dP * P)),  dQ = dS K / sqrt(D),  dK = dS^T Q / sqrt(D),  dV = P^T dY.
-    With dropout, P * mask stands in for P in Y and dV, and dP * mask for dP.
+    With dropout, P * mask replaces P in Y and dV, and dP * mask replaces dP.
     """
 
     autocasts = "inputs"
@@ -30,7 +30,7 @@ class CausalAttention(Op):
         xp = array_module(q)
         s = product(q, k.swapaxes(-1, -2)) / math.sqrt(q.shape[3])  # (B, H, T, S)
         s = xp.where(causal_mask(xp, *s.shape[2:]), s, -math.inf)
-        p = xp.exp(s - largest(s, -1))  # the query's own key is there: the maximum is finite
+        p = xp.exp(s - largest(s, -1))  # the query's own key is not masked, so the maximum is not -inf
         p /= p.sum(axis=-1, keepdims=True)
         self.save(q, k, v, p)
         return product(self.dropped(p), v)
@@ -44,7 +44,7 @@ class CausalAttention(Op):
 
     @staticmethod
     def check(q, k, v):
-        """Raise ValueError where the three do not fit together."""
+        """Raise ValueError if the shapes do not match."""
         if not (q.ndim == k.ndim == v.ndim == 4):
             raise ValueError("q, k and v must be of shape (B, H, T, D)")
         (B, H, T, D), S = q.shape, k.shape[2]
@@ -54,13 +54,13 @@ class CausalAttention(Op):
             raise ValueError("q, k and v must agree in batch and heads, q and k in head size, k and v in length")
         if T > S:
             raise ValueError(
-                f"{T} queries for {S} keys: the last query stands at the last key, so there cannot be more"
+                f"{T} queries for {S} keys: the last query is at the position of the last key, so T cannot exceed S"
             )
 
     def dropped(self, p, start=0, T=None, S=None):
-        """`p` after dropout: all of it, (B, H, T, S), or its queries from `start` on and the first keys alone.
+        """`p` after dropout: all of (B, H, T, S), or only its queries from `start` on and its first keys.
 
-        The mask of an element depends on the key, the sample, the head and the element's own place (i, j).
+        The mask of an element depends on the random key, the sample, the head and the element's position (i, j).
         """
         if not self.dropout:
             return p
@@ -70,16 +70,16 @@ class CausalAttention(Op):
 
 
 def causal_mask(xp: Any, T: int, S: int) -> Any:
-    """(T, S) booleans: query i, the last of which stands at the last key, may look at key j."""
+    """(T, S) booleans: whether query i attends to key j; the last query is at the position of the last key."""
     return xp.tri(T, S, S - T, dtype=bool)
 
 
 def causal_attention(q: Any, k: Any, v: Any, dropout: float = 0.0, training: bool = True) -> "Tensor":
     """Each query attends to the keys up to its own position: q (B, H, T, D), k and v (B, H, S, D) -> (B, H, T, D).
 
-    S may exceed T, as in generation with cached keys: the last query stands at the last key. `dropout` is the
-    probability of dropping an attention weight while `training`. Raises ValueError for T > S and for shapes
-    that do not fit.
+    S may exceed T, as in generation with cached keys: the last query is at the position of the last key. `dropout` is
+    the probability of dropping an attention weight while `training`. Raises ValueError for T > S and for shapes
+    that do not match.
     """
     if not 0 <= dropout < 1:
         raise ValueError(f"causal_attention: dropout must be at least 0 and below 1, not {dropout}")

@@ -1,4 +1,4 @@
-"""Cross-entropy of logits and integer targets, softmax included: one op, stable, one buffer."""
+"""Cross-entropy of logits and integer targets, softmax included: one op, numerically stable, one buffer."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class CrossEntropy(Op):
     """loss_i = log(sum_j exp(x_ij)) - x_i,t(i), so dx_ij = (softmax(x)_ij - [j = t(i)]) * dloss_i.
 
-    The log-probabilities are never formed. forward keeps exp(x - max) in a buffer that it allocated and that
-    nobody else has seen; backward turns this same buffer into dx and hands it over.
+    The log-probabilities are never formed. forward keeps exp(x - max) in a buffer that only this op holds; backward
+    turns this buffer into dx and returns it.
     """
 
     floats = slice(1)
@@ -30,7 +30,7 @@ class CrossEntropy(Op):
         t, counted = check_targets(targets, logits.shape, self.ignore_index)
         x = rows(logits)  # (N, V)
         each = xp.arange(len(t))
-        e = x - x.max(axis=1, keepdims=True)  # x - max: exp cannot overflow, and one term is exp(0) = 1
+        e = x - x.max(axis=1, keepdims=True)  # minus the maximum: exp cannot overflow, and one term is exp(0) = 1
         chosen = e[each, t]
         xp.exp(e, out=e)
         total = e.sum(axis=1)
@@ -38,7 +38,7 @@ class CrossEntropy(Op):
 
         weight = counted.astype(e.dtype)
         if self.reduction == "mean":
-            weight /= max(1, int(counted.sum()))  # every target ignored: the loss is 0, not 0/0
+            weight /= max(1, int(counted.sum()))  # if every target is ignored, the loss is 0, not 0/0
         self.save(e, total, t, weight)
         return loss.reshape(targets.shape) if self.reduction == "none" else (loss * weight).sum()
 
@@ -51,7 +51,7 @@ class CrossEntropy(Op):
 
 
 def check_targets(targets, shape, ignore_index):
-    """Flat targets (N,), 0 where they are ignored, and which of them count (N,), for logits of `shape`."""
+    """Flat targets (N,), 0 where ignored, and whether each counts (N,), for logits of `shape`. Raises ValueError."""
     if not shape or targets.shape != shape[:-1] or targets.dtype.kind not in "iu":
         raise ValueError(f"targets must be integers of shape {shape[:-1]} for logits of shape {shape}")
     V = shape[-1]
@@ -67,8 +67,8 @@ def check_targets(targets, shape, ignore_index):
 def cross_entropy(logits: Any, targets: Any, ignore_index: int = -100, reduction: str = "mean") -> "Tensor":
     """Negative log-likelihood of `targets` (...) under softmax(`logits`) (..., V); float32 for float16 logits.
 
-    Positions whose target is `ignore_index` count for nothing. `reduction`: 'mean' over the counted positions
-    (0 where none is counted; PyTorch gives NaN), 'sum', or 'none' for a loss each. Logits may be -inf.
+    Positions whose target is `ignore_index` are ignored. `reduction`: 'mean' over the other positions (0 if there are
+    none; PyTorch gives NaN), 'sum', or 'none' for the loss of each. Logits may be -inf.
     Raises ValueError for targets outside the vocabulary or of another shape.
     """
     if reduction not in ("mean", "sum", "none"):

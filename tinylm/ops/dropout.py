@@ -1,4 +1,4 @@
-"""Dropout (Srivastava et al., 2014), inverted: what is kept is scaled up, so that nothing changes at evaluation."""
+"""Inverted dropout (Srivastava et al., 2014): kept elements are scaled up, so that evaluation needs no scaling."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 def keep_mask(
     key: random.Key, shape: tuple[int, ...], p: float, like: Array, rows: tuple[int, int] | None = None
 ) -> Array:
-    """1 / (1 - p) where an element is kept and 0 where it is dropped: the same whenever the key is the same.
+    """1 / (1 - p) where an element is kept and 0 where it is dropped: a function of the key.
 
-    With `rows` = (start, end), only those along axis 1.
+    With `rows` = (start, end), only these rows of axis 1.
     """
     kept = random.uniform(key, shape, like, rows) >= p
     return kept.astype(like.dtype) * (1 / (1 - p))

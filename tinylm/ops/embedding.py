@@ -1,4 +1,4 @@
-"""Embedding: look rows up by number."""
+"""Embedding: look up rows of a table by index."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +11,9 @@ if TYPE_CHECKING:
 
 
 class Embedding(Op):
-    """y_n = W[i_n]; backward *adds* into dW, because a token that stands twice has moved the loss twice."""
+    """y_n = W[i_n]; backward *adds* into dW, because a token that occurs twice contributes to the loss twice."""
 
-    autocasts = "output"  # the rows that are taken, not the whole table
+    autocasts = "output"  # cast the rows that are looked up, not the whole table
     floats = slice(1)
 
     def forward(self, weight, ids):

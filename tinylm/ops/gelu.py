@@ -1,4 +1,4 @@
-"""GELU in its tanh form, as GPT-2 has it (Hendrycks & Gimpel, 2016)."""
+"""GELU in its tanh form, as in GPT-2 (Hendrycks & Gimpel, 2016)."""
 
 import math
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ B = A * 0.044715
 class Gelu(Op):
     """y = x/2 (1 + tanh(u)) with u = A x + B x^3.
 
-    dy/dx = (1 + t)/2 + x/2 (1 - t^2) du/dx with t = tanh(u) and du/dx = A + 3 B x^2. forward has t at hand, so it
-    computes this slope at once and saves it alone.
+    dy/dx = (1 + t)/2 + x/2 (1 - t^2) du/dx with t = tanh(u) and du/dx = A + 3 B x^2. forward has already computed t,
+    so it also computes this slope and saves only the slope.
     """
 
     floats = slice(None)

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 class LayerNorm(Op):
     """y = xhat * w + b with xhat = (x - mean) * rstd and rstd = 1 / sqrt(var + eps), over the last axis.
 
-    With g = dy * w:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)).  The second term is there because x moves
-    the mean, the third because it moves the variance.
+    With g = dy * w:  dx = rstd * (g - mean(g) - xhat * mean(g * xhat)).  The second term comes from the mean's
+    dependence on x, the third from the variance's.
     """
 
     floats = slice(None)
@@ -37,13 +37,13 @@ class LayerNorm(Op):
 
     @staticmethod
     def check(x, weight, bias):
-        """Raise ValueError where the three do not fit together."""
+        """Raise ValueError if the shapes do not match."""
         if x.ndim == 0 or weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
             raise ValueError(f"weight and bias must be of shape {x.shape[-1:]}, the last axis of x")
 
 
 def layer_norm(x: Any, weight: Any, bias: Any = None, eps: float = 1e-5) -> "Tensor":
-    """Bring each row of x (..., C) to mean 0 and variance 1, scale by weight (C,), shift by bias (C,) or None.
+    """Normalise each row of x (..., C) to mean 0 and variance 1, scale by weight (C,), shift by bias (C,) or None.
 
     Raises ValueError for a weight or bias of another shape.
     """

@@ -1,4 +1,4 @@
-"""The output layer and the loss in one op, a piece of the rows at a time: all the logits never exist at once."""
+"""The output layer and the loss in one op, a piece of the rows at a time: never all logits at once."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ PIECE = 1 << 22  # logits at a time: 16 MiB of float32
 class LinearCrossEntropy(Op):
     """loss = mean or sum over n of log(sum_v exp(z_nv)) - z_n,t(n), with z = X W^T.
 
-    With G = softmax(z) - onehot(t):  dX = G W,  dW = G^T X.  Both need z, and z is (N, V): a gigabyte and more for a
-    real vocabulary. But they scale with the one number dloss, so forward computes them piece by piece while it has z at
-    hand, and backward multiplies.
+    With G = softmax(z) - onehot(t):  dX = G W,  dW = G^T X.  Both need z, and z is (N, V): a gigabyte or more for a
+    real vocabulary. But both are proportional to the scalar dloss, so forward computes them for each piece of z, and
+    backward multiplies them by dloss.
     """
 
     autocasts = "inputs"
@@ -57,7 +57,7 @@ class LinearCrossEntropy(Op):
         return loss
 
     def loss_and_slope(self, z, t, share, counted):
-        """Logits z (n, V) -> G * share, in place; returns the sum of the losses, each times its share (n,)."""
+        """Turn logits z (n, V) into G * share, in place; returns the sum of the losses, each times its share (n,)."""
         xp = array_module(z)
         each = xp.arange(len(t))
         z -= z.max(axis=1, keepdims=True)
@@ -81,8 +81,8 @@ def linear_cross_entropy(
 ) -> "Tensor":
     """cross_entropy(linear(hidden, weight), targets) for hidden (..., C), weight (V, C) and integer targets (...).
 
-    The same value and gradients in a fraction of the memory. `reduction` is 'mean' (over the positions that are not
-    `ignore_index`) or 'sum'. Raises ValueError as the two ops do.
+    The same value and gradients in a fraction of the memory. `reduction` is 'mean' (over the positions whose target is
+    not `ignore_index`) or 'sum'. Raises ValueError as the two ops do.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"linear_cross_entropy: reduction must be 'mean' or 'sum', not {reduction!r}")

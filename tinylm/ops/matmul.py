@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 @replaceable
 def product(a: Array, b: Array, out: Array | None = None) -> Array:
-    """a @ b for arrays of at least two dimensions, into `out` if given. Every matrix product of tinylm is this one."""
-    if b.ndim == 2 < a.ndim and out is None:  # a stack of matrices times one matrix: one large product, not many small
+    """a @ b for arrays of at least two dimensions, into `out` if given. Every matrix product of tinylm calls this."""
+    if b.ndim == 2 < a.ndim and out is None:  # many matrices times one matrix: one large product, not many small ones
         return product(rows(a), b).reshape(*a.shape[:-1], b.shape[-1])
     return array_module(a).matmul(a, b, out=out)
 
@@ -32,7 +32,7 @@ class MatMul(Op):
 
     def forward(self, a, b):
         if not (getattr(a, "ndim", 0) and getattr(b, "ndim", 0)):
-            raise ValueError("a scalar is no matrix; use * instead")
+            raise ValueError("a scalar is not a matrix; use * instead")
         self.shapes = a.shape, b.shape
         a = a[None, :] if a.ndim == 1 else a  # a vector is a row on the left, a column on the right
         b = b[:, None] if b.ndim == 1 else b
@@ -59,7 +59,7 @@ class MatMul(Op):
 
 
 class Linear(Op):
-    """Y = X W^T + b, so dX = dY W, dW = dY^T X and db = the sum of dY's rows."""
+    """Y = X W^T + b, so dX = dY W, dW = dY^T X and db is the sum of dY's rows."""
 
     promotes = slice(None)
     autocasts = "inputs"

@@ -17,13 +17,13 @@ Axis = int | tuple[int, ...] | list[int] | None
 
 
 class Reduction(Op):
-    """What every reduction needs to know: its axis, and how to stretch a reduced array back over x."""
+    """The base of every reduction: its axes, and how to broadcast a reduced array back to x's shape."""
 
     axis: Axis
     keepdims: bool
 
     def measure(self, x):
-        """Note x's shape, and how many elements go into one output."""
+        """Store x's shape, the reduced axes, and the number of elements per output."""
         self.shape = x.shape
         axes = range(x.ndim) if self.axis is None else self.axis
         self.axes = normalize_axis_tuple(axes, x.ndim) if x.ndim else ()
@@ -35,11 +35,11 @@ class Reduction(Op):
         return x.sum(axis=self.axes, keepdims=True, dtype=None if x.dtype.kind == "f" else np.int64)
 
     def finish(self, y):
-        """`y` (axes kept) in the shape that the caller asked for."""
+        """`y` (axes kept) in the shape that `keepdims` asks for."""
         return y if self.keepdims else array_module(y).squeeze(y, axis=self.axes)
 
     def stretch(self, dy):
-        """A view of `dy`, reduced shape, as x's shape."""
+        """`dy` of the reduced shape, broadcast to x's shape: a view."""
         return array_module(dy).broadcast_to(dy.reshape(self.kept), self.shape)
 
 
@@ -57,7 +57,7 @@ class Mean(Reduction):
 
     def forward(self, x):
         self.measure(x)
-        with np.errstate(invalid="ignore"):  # of nothing the mean is 0/0
+        with np.errstate(invalid="ignore"):  # the mean of no elements is 0/0
             return self.finish(self.total(x) / self.count)
 
     def backward(self, dy):
@@ -65,7 +65,7 @@ class Mean(Reduction):
 
 
 class Var(Reduction):
-    """mean((x - mean(x))**2), or with n - ddof in place of n; dx = 2 (x - mean(x)) / (n - ddof) dy."""
+    """sum((x - mean(x))**2) / (n - ddof); dx = 2 (x - mean(x)) / (n - ddof) dy."""
 
     floats = slice(None)
     ddof: int
@@ -74,7 +74,7 @@ class Var(Reduction):
         self.measure(x)
         self.divisor = array_module(x).asarray(
             builtins.max(0, self.count - self.ddof), x.dtype
-        )  # x/0 is inf or NaN, no error
+        )  # an array: x/0 is then inf or NaN, not an error
         with np.errstate(divide="ignore", invalid="ignore"):
             centred = x - self.total(x) / builtins.max(1, self.count)
             self.save(centred)
@@ -98,7 +98,7 @@ class Max(Reduction):
     def backward(self, dy):
         x, y = self.saved
         winners = (x == y).astype(dy.dtype)
-        with np.errstate(divide="ignore", invalid="ignore"):  # where the maximum is NaN nothing equals it
+        with np.errstate(divide="ignore", invalid="ignore"):  # if the maximum is NaN, no element equals it
             return winners * self.stretch(dy.reshape(self.kept) / self.total(winners))
 
 
@@ -111,7 +111,7 @@ class LogSumExp(Reduction):
         xp = array_module(x)
         self.measure(x)
         m = largest(x, self.axes)
-        m = xp.where(xp.isinf(m), 0, m)  # a row of -inf only: log(0) is -inf, not NaN
+        m = xp.where(xp.isinf(m), 0, m)  # a row of only -inf then gives log(0) = -inf, not NaN
         with np.errstate(divide="ignore", over="ignore"):
             y = xp.log(self.total(xp.exp(x - m))) + m
         self.save(x, y)
@@ -124,28 +124,28 @@ class LogSumExp(Reduction):
 
 
 def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
-    """Sum over `axis`; integers and booleans are counted in int64."""
+    """Sum over `axis`; integers and booleans are summed in int64."""
     return Sum.apply(x, axis=axis, keepdims=keepdims)
 
 
 def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
-    """Mean over `axis`; of integers and booleans float32."""
+    """Mean over `axis`; float32 for integers and booleans."""
     return Mean.apply(x, axis=axis, keepdims=keepdims)
 
 
 def max(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
-    """Largest element over `axis`; ties share the gradient. Raises ValueError where there is no element."""
+    """Largest element over `axis`; ties share the gradient. Raises ValueError if there are no elements."""
     return Max.apply(x, axis=axis, keepdims=keepdims)
 
 
 def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> "Tensor":
     """Variance over `axis`: the sum of squared deviations over n - ddof (NumPy's default 0; PyTorch's is 1).
 
-    NaN where ddof is n or more and there is nothing to divide, as in PyTorch.
+    With ddof >= n the divisor is 0, and the result NaN or infinite, as in PyTorch.
     """
     return Var.apply(x, axis=axis, keepdims=keepdims, ddof=ddof)
 
 
 def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
-    """log(sum(exp(x))) over `axis`, without overflow; -inf entries count for nothing."""
+    """log(sum(exp(x))) over `axis`, without overflow; -inf entries contribute nothing."""
     return LogSumExp.apply(x, axis=axis, keepdims=keepdims)

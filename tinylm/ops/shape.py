@@ -1,4 +1,4 @@
-"""Rearranging: reshape, transpose, concatenate, split, index. Nothing here needs to save an array."""
+"""Rearranging: reshape, transpose, concatenate, split, index. No op here saves an array."""
 
 import itertools
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Moves(Op):
-    """Numbers only change their places."""
+    """Ops that only move values, without arithmetic."""
 
     half = "as it is"
 
@@ -105,8 +105,8 @@ class Index(Moves):
         if not any(is_array(k) and k.dtype != bool for k in self.key):
             dx[self.key] = dy  # slices, integers and masks reach no element twice
         else:
-            # An integer array may name an element many times, and each time adds: number the elements, index
-            # the numbers, and scatter into the flat gradient.
+            # An integer array may select an element many times, and each time adds. So number the elements, index
+            # the numbers, and scatter-add into the flat gradient.
             flat = xp.arange(dx.size).reshape(self.shape)[self.key]
             scatter_add(dx.reshape(-1, 1), flat.reshape(-1), dy.reshape(-1, 1))
         return dx
@@ -131,14 +131,14 @@ def permute(x: Any, *axes: Any) -> "Tensor":
 
 
 def transpose(x: Any, *axes: Any) -> "Tensor":
-    """Two axes are swapped, as in PyTorch: transpose(x, 0, 1). A tuple permutes all; without axes they are reversed."""
+    """Swap two axes, as in PyTorch: transpose(x, 0, 1). A tuple permutes all axes; no argument reverses them."""
     if len(axes) == 2:
         return swapaxes(x, *axes)
     return permute(x, *axes) if axes else permute(x, tuple(reversed(range(x.ndim))))
 
 
 def swapaxes(x: Any, axis1: int, axis2: int) -> "Tensor":
-    """Exchange two axes. Raises IndexError for an axis that x does not have."""
+    """Swap two axes. Raises IndexError for an axis that x does not have."""
     for axis in (axis1, axis2):
         if not -x.ndim <= axis < x.ndim:
             raise IndexError(f"swapaxes: axis {axis} is out of range for a tensor of shape {x.shape}")
@@ -146,12 +146,12 @@ def swapaxes(x: Any, axis1: int, axis2: int) -> "Tensor":
 
 
 def expand_dims(x: Any, axis: int | tuple[int, ...]) -> "Tensor":
-    """Insert axes of length 1, so that they stand at `axis` in the result."""
+    """Insert axes of length 1 at the positions `axis` of the result."""
     return Reshape.apply(x, shape=np.expand_dims(_shape_only(x), axis).shape)
 
 
 def squeeze(x: Any, axis: int | tuple[int, ...] | None = None) -> "Tensor":
-    """Drop axes of length 1: all of them, or those named. Raises ValueError for a longer one."""
+    """Remove axes of length 1: all of them, or those given. Raises ValueError for a longer one."""
     return Reshape.apply(x, shape=np.squeeze(_shape_only(x), axis).shape)
 
 
@@ -161,14 +161,14 @@ def broadcast_to(x: Any, shape: tuple[int, ...]) -> "Tensor":
 
 
 def concatenate(tensors: Sequence[Any], axis: int = 0) -> "Tensor":
-    """Join along an axis that exists already. Raises ValueError where the other dimensions differ."""
+    """Join along an existing axis. Raises ValueError if the other dimensions differ."""
     if len(tensors) == 0:
         raise ValueError("concatenate needs at least one tensor")
     return Concatenate.apply(*tensors, axis=axis)
 
 
 def stack(tensors: Sequence[Any], axis: int = 0) -> "Tensor":
-    """Join along a new axis. Raises ValueError where the shapes differ."""
+    """Join along a new axis. Raises ValueError if the shapes differ."""
     if len({t.shape for t in tensors}) > 1:
         raise ValueError(f"stack needs equal shapes, not {[t.shape for t in tensors]}")
     return concatenate([expand_dims(t, axis) for t in tensors], axis)
@@ -199,7 +199,7 @@ def chunk(x: Any, n: int, axis: int = 0) -> "tuple[Tensor, ...]":
 def index(x: Any, key: Any) -> "Tensor":
     """x[key] for integers, slices, None, ..., integer arrays (repeats allowed) and boolean masks.
 
-    Lists, tuples, Tensors and NumPy arrays as keys are brought to x's device. Raises IndexError out of range.
+    Lists, tuples, Tensors and NumPy arrays as keys are moved to x's device. Raises IndexError out of range.
     """
     key = key if isinstance(key, tuple) else (key,)
     return Index.apply(x, key=tuple(_index_array(k, x) if _is_list(k) else k for k in key))
@@ -230,5 +230,5 @@ def _flat(sizes: tuple[Any, ...]) -> tuple[int, ...]:
 
 
 def _shape_only(x: Any) -> np.ndarray:
-    """A NumPy array of x's shape that costs no memory, to ask NumPy what a shape becomes."""
+    """A NumPy array of x's shape without its memory, to compute result shapes with NumPy."""
     return np.broadcast_to(np.empty(()), x.shape)

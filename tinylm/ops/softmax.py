@@ -50,5 +50,5 @@ def softmax(x: Any, axis: int = -1) -> "Tensor":
 
 
 def log_softmax(x: Any, axis: int = -1) -> "Tensor":
-    """log(softmax(x)) along `axis`, without forming the small probabilities whose logarithm would be lost."""
+    """log(softmax(x)) along `axis`, without forming small probabilities, which would underflow."""
     return LogSoftmax.apply(x, axis=axis)
