@@ -157,7 +157,7 @@ def test_an_engine_of_which_nothing_is_registered_is_refused():
     fused(Triple, engine="a")(times(10))
     set_default_engines("a")
     for refused in (engines, set_default_engines):
-        with pytest.raises(ValueError, match=r"engine 'c' is not loaded \(loaded: a, .*composed.*fused.load\(\)"):
+        with pytest.raises(ValueError, match=r"engine 'c' is not loaded \(loaded are a, .*composed.*fused.load\(\)"):
             refused("a", "c")
     assert (engines_in_force(), factor()) == (("a",), 10)
 
