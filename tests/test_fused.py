@@ -502,7 +502,7 @@ OF_EACH = pytest.mark.parametrize("op", OPS, ids=lambda op: op.__name__)
 
 def test_every_registered_twin_is_of_these_and_replaces_both_halves_or_a_helper(twins):
     found = {engine: {op: by[engine] for op, by in registry._twins.items() if engine in by} for engine in fused.ENGINES}
-    assert found["numba"].keys() == {*OPS, adamw}
+    assert found["numba"].keys() == {*OPS, adamw, product}  # of few rows: test_few_rows.py
     assert found["blocked"].keys() == {CausalAttention}
     assert found["mkl"].keys() <= {product}  # registered where a test has asked for it
     for op in OPS:
@@ -950,16 +950,25 @@ def test_load_goes_without_what_is_not_installed_and_says_what_to_install_for_sp
     assert err.count("\n") == 1
 
 
-def test_load_of_the_reference_puts_no_engine_in_force(default):
-    registry.set_default_engines("composed")
-    assert fused.load("reference") == registry._default == ()
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["reference"], ()),
+        (["composed"], ("composed",)),
+        (["composed", "blocked"], ("composed", "blocked")),
+        (["blocked", "reference", "composed"], ("blocked",)),  # after the reference nothing would ever run
+    ],
+)
+def test_load_knows_the_reference_and_what_is_always_there(default, names, expected):
+    registry.set_default_engines("composed", "composed")
+    assert fused.load(*names, tell=pytest.fail) == registry._default == expected
 
 
 def test_load_refuses_what_it_does_not_know_or_find_and_changes_nothing(default, monkeypatch):
     fused.load("blocked")
     without(monkeypatch, "numba")
     for names, message in (
-        (("cpu",), r"there is no engine 'cpu'; there are reference, numba, mkl, blocked"),
+        (("cpu",), r"there is no engine 'cpu'; there are composed, reference, numba, mkl, blocked"),
         (("blocked", "cpu"), "there is no engine 'cpu'"),
         (("numba",), r"""engine 'numba' is not installed \(.*numba.*\): pip install "tinylm\[fast\]"$"""),
     ):
