@@ -14,21 +14,21 @@ B = A * 0.044715
 
 
 class Gelu(Op):
-    """y = x/2 (1 + tanh(u)) with u = A x + B x^3.
+    """y = x s with s = (1 + tanh(u)) / 2 and u = A x + B x^3.
 
-    dy/dx = (1 + t)/2 + x/2 (1 - t^2) du/dx with t = tanh(u) and du/dx = A + 3 B x^2. forward has already computed t,
-    so it also computes this slope and saves only the slope.
+    dy/dx = s + y (1 - s) 2 du/dx with du/dx = A + 3 B x^2. forward has s at hand, so it computes this slope at once and
+    saves it alone.
     """
 
     floats = slice(None)
 
     def forward(self, x):
-        xp = array_module(x)
         square = x * x
-        t = xp.tanh(x * (A + B * square))
+        s = 0.5 * (1 + array_module(x).tanh(x * (A + B * square)))
+        y = x * s
         if self.needs[0]:
-            self.save(0.5 * (1 + t) + 0.5 * x * (1 - t * t) * (A + 3 * B * square))
-        return 0.5 * x * (1 + t)
+            self.save(s + y * (1 - s) * (2 * A + 6 * B * square))
+        return y
 
     def backward(self, dy):
         (slope,) = self.saved
