@@ -109,6 +109,8 @@ def test_layer_norm_is_its_reference(twins, lead, C, bias, layout, eps):
 )
 @example(B=2, H=3, T=130, more_keys=3, D=4, Dv=5, axes=(1, 0, 2, 3))
 @example(B=3, H=2, T=20, more_keys=0, D=4, Dv=4, axes=(3, 2, 1, 0))
+@example(B=2, H=3, T=5, more_keys=3, D=4, Dv=5, axes=(1, 0, 2, 3))  # so few that keys are not transposed in memory
+@example(B=3, H=2, T=5, more_keys=0, D=4, Dv=4, axes=(3, 2, 1, 0))
 def test_attention_is_its_reference_in_any_order_of_memory(twins, B, H, T, more_keys, D, Dv, axes):
     S = T + more_keys
     inputs = [2 * normal(B, H, T, D), normal(B, H, S, D, seed=1), normal(B, H, S, Dv, seed=2)]
