@@ -18,17 +18,13 @@ GeluReference, SoftmaxReference = (op.__globals__[name] for op, name in ((ops.ge
 
 @contextlib.contextmanager
 def in_force(op, twin):
-    """Inside, `twin` runs for `op`, for the inputs that it supports.
-
-    The only place that knows how twins are registered. Where twins belong to engines, it is:
-    `registry.fused(op, engine="test")(twin)`, then `with registry.engines("test"): yield`, and at last
-    `registry._twins[op]["test"].remove(twin)`.
-    """
-    registry.fused(op)(twin)
+    """Inside, `twin` runs for `op`, for the inputs that it supports."""
+    registry.fused(op, engine="test")(twin)
     try:
-        yield
+        with registry.engines("test"):
+            yield
     finally:
-        registry._twins[op].remove(twin)
+        registry._twins[op]["test"].remove(twin)
 
 
 class Float32:

@@ -130,7 +130,7 @@ def run(monkeypatch, capsys, *arguments):
 def test_a_seed_draws_the_same_mutants_again(monkeypatch, capsys):
     drawn = [run(monkeypatch, capsys, "--list", "--sample=20", f"--seed={seed}") for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
-    assert drawn[0][1].count(" -> ") == 20
+    assert drawn[0][1].count("  ->  ") == 20
 
 
 @pytest.fixture
