@@ -334,7 +334,8 @@ def test_a_look_lets_go_of_the_pages_of_earlier_looks(tmp_path):
         assert tokens[start : start + (1 << 20)].max() == 0
     for step in range(100):
         get_batch(tokens, 12, 64, 0, step)
-    assert resident(path) < 8 << 10  # the last batch's windows, and what the kernel maps around them
+    # The last batch's twelve windows; how much the kernel maps around each, up to 2 MB, depends on its page cache.
+    assert resident(path) <= 24 << 10
     np.asarray(tokens).max()
     assert resident(path) == 32 << 10  # without releasing pages
 
