@@ -19,7 +19,11 @@ def engine(request):
         yield request.param
 
 
-def test_the_engine_runs(engine):
+def test_the_engine_runs_where_there_is_more_than_one_block(engine, monkeypatch):
+    monkeypatch.setattr(blocked, "QUERIES", 2)
+    q = tinylm.tensor(normal(1, 1, 2, 2), requires_grad=True)
+    assert "op=CausalAttention" in repr(ops.causal_attention(q, q, q))
+    monkeypatch.setattr(blocked, "QUERIES", 1)
     q = tinylm.tensor(normal(1, 1, 2, 2), requires_grad=True)
     expected = "CausalAttention" if engine == "reference" else "BlockedCausalAttention"
     assert f"op={expected}" in repr(ops.causal_attention(q, q, q))

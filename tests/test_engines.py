@@ -114,7 +114,8 @@ def pytorch(case, dtype):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("case", range(len(CASES)), ids=[f"{op.__name__}{i}" for i, (op, *_) in enumerate(CASES)])
-def test_every_engine_is_pytorch(device, engine, case, dtype):
+def test_every_engine_is_pytorch(device, engine, case, dtype, monkeypatch):
+    monkeypatch.setattr(blocked, "QUERIES", 4)  # more than one block
     op, fn, _, inputs = CASES[case]
     inputs = [device.leaf(x.astype(dtype)) for x in inputs]
     expected, dy, gradients = pytorch(case, dtype)
@@ -183,7 +184,9 @@ def test_attention_around_its_blocks(device, engine, queries, dropout, monkeypat
                 op, found = attend(device, n, more, dropout, dtype)
                 with reference_only():
                     _, expected = attend(device, n, more, dropout, "float64")
-                assert (op == "CausalAttention") == (engine == "reference")
+                compiled = engine in ("numba", "mkl") and (device.name, dtype, dropout) == ("cpu", "float32", 0)
+                page = engine == "reference" or (n <= queries and not compiled and engine != "composed")
+                assert (op == "CausalAttention") == page
                 for name, a, b in zip(["y", "dq", "dk", "dv"], found, expected, strict=True):
                     assert a.dtype == dtype
                     assert_close(a, b, rtol=close, atol=close, what=f"{name} of {n} queries, {n + more} keys, {dtype}")
