@@ -487,6 +487,15 @@ def test_detect_anomaly_names_the_op_whose_saved_array_was_changed(change):
             z.sum().backward()
 
 
+def test_detect_anomaly_finds_a_changed_index():
+    a, ids = leaf(3), np.array([0, 1])
+    with detect_anomaly():
+        y = a[ids].sum()
+        ids[:] = 2
+        with pytest.raises(RuntimeError, match=r"Index: .* saved for backward, was changed in place"):
+            y.backward()
+
+
 def test_requires_grad_is_for_leaves():
     with pytest.raises(RuntimeError, match=r"made by Tanh \(detach\(\) it first\)"):
         leaf(3).tanh().requires_grad_()

@@ -10,7 +10,7 @@ from helpers import assert_close, host, normal, positive
 from torch.nn import functional as F
 from torch_gpt import from_tinylm
 
-from tinylm import GPT, GPTConfig, engines, fused, ops, random, reference_only, registry
+from tinylm import GPT, GPTConfig, detect_anomaly, engines, fused, ops, random, reference_only, registry
 from tinylm.fused import blocked
 from tinylm.ops.attention import CausalAttention
 from tinylm.ops.cross_entropy import CrossEntropy
@@ -304,3 +304,17 @@ def test_a_gpt_of_every_engine_over_two_threads_is_that_of_one(engine, recompute
     with Workers(model, 2) as workers:
         found = sum(workers.gradient(work))
     assert_same((found, {name: p.grad for name, p in model.named_parameters()}, 0), (loss, gradients, 0), 3e-6)
+
+
+def test_composed_is_the_reference_at_the_edges(device):
+    """Nothing to lose, the dtype of layer norm's input, and no value that detect_anomaly() would report."""
+    half, weight = device.tensor(normal(2, 4), "float16"), device.tensor(normal(4), "float32")
+    logits, none = device.tensor(normal(0, 5), "float32"), device.array(np.zeros(0, int))
+    q = device.leaf(normal(1, 2, 3, 4), "float32")
+    with engines("composed"), detect_anomaly():
+        assert ops.layer_norm(half, weight).dtype == "float16"
+        assert ops.cross_entropy(logits, none, reduction="none").shape == (0,)
+        assert ops.cross_entropy(logits, none).item() == 0
+        ops.causal_attention(q, q, q).sum().backward()
+        with pytest.raises(ValueError, match=r"inner dimensions[^$]*in Linear\(.*composed"):
+            ops.linear(q, device.tensor(normal(3, 7), "float32"))

@@ -1069,3 +1069,14 @@ def test_importing_tinylm_imports_no_engine():
     )
     code += "m.startswith('tinylm.fused.')], tinylm.registry.engines_in_force())"
     assert python(code)[0].split() == ["[]", "()"]
+
+
+def test_a_gradient_of_another_shape_is_refused_and_no_step_is_taken(twins):
+    """The compiled loop has no bounds check: it would read beyond the gradient's end."""
+    p = Parameter(np.ones(1000, f32))
+    p.grad = np.ones(3, f32)
+    optimizer = AdamW([p], weight_decay=0.0)
+    with pytest.raises(ValueError, match="broadcast"):
+        optimizer.step()
+    assert optimizer.steps() == [0]
+    np.testing.assert_array_equal(p.data, np.ones(1000))

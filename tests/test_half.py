@@ -82,18 +82,18 @@ def test_gradients_are_float16_whether_or_not_the_op_promotes(device, fn):
     [
         (lambda x, w: x**2, ["x"]),
         (lambda x, w: ops.softmax(x), ["y"]),
-        (lambda x, w: ops.gelu(x), [((4, 6), f16)]),
-        (lambda x, w: ops.layer_norm(x, w, w), [((4, 6), f16), ((4, 1), f32), "w"]),  # rstd is small: float32
+        (lambda x, w: ops.gelu(x), [((4, 20), f16)]),
+        (lambda x, w: ops.layer_norm(x, w, w), [((4, 20), f16), ((4, 1), f32), "w"]),  # rstd is small: float32
         (
             lambda x, w: ops.cross_entropy(x, np.zeros(4, int)),
-            [((4, 6), f32), ((4,), f32), ((4,), np.int64), ((4,), f32)],
+            [((4, 20), f32), ((4,), f32), ((4,), np.int64), ((4,), f32)],
         ),
     ],
     ids=["input", "output", "slope", "statistics", "loss"],
 )
 def test_what_is_saved(fn, saved):
     """Inputs as they came, outputs as they go (the very arrays, no copies), statistics in float32."""
-    x, w = leaf(4, 6), leaf(6, seed=1)
+    x, w = leaf(4, 20), leaf(20, seed=1)
     y = fn(x, w)
     arrays = {"x": x.data, "w": w.data, "y": y.data}
     for a, expected in zip(y.op.saved, saved, strict=True):
@@ -101,6 +101,13 @@ def test_what_is_saved(fn, saved):
             assert a is arrays[expected]
         else:
             assert (a.shape, a.dtype) == expected
+
+
+@pytest.mark.parametrize("T", [2, 8, 30])
+def test_attentions_weights_are_rounded_whatever_their_size(T):
+    """Fewer keys than channels make them smaller than q, but they are no statistics."""
+    q = leaf(1, 1, T, 8)
+    assert [a.dtype for a in ops.causal_attention(q, q, q).op.saved] == [f16] * 4
 
 
 def test_a_twin_saves_lists_and_is_rounded_too():

@@ -1,5 +1,6 @@
 """nn: the layers compared with PyTorch's; names, weights, modes and devices of a Module."""
 
+import array
 import math
 
 import numpy as np
@@ -287,6 +288,14 @@ def test_tensor_and_parameter_copy_what_they_are_given(make, kind, tmp_path):
     assert type(a.data) is np.ndarray
     assert a.dtype == (np.float64 if kind == "float64" and make is tinylm.tensor else np.float32)
     assert make(given, dtype=np.float64).dtype == np.float64
+
+
+@pytest.mark.parametrize("make", [tinylm.tensor, nn.Parameter])
+@pytest.mark.parametrize("theirs", [torch.ones(3), array.array("f", [1, 1, 1])], ids=["torch", "buffer"])
+def test_what_shares_its_memory_with_others_is_copied(make, theirs):
+    mine = make(theirs)
+    mine.data *= 5
+    assert list(theirs) == [1, 1, 1]
 
 
 @pytest.mark.filterwarnings("ignore:the matrix subclass")

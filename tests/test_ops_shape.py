@@ -236,7 +236,7 @@ def test_errors_name_the_op_and_the_shapes(device):
         x.transpose(1)
     with pytest.raises(ValueError, match=r"sizes \(1, 1\) add up to 2, not to 3[^$]*Split" + seen):
         x.split([1, 1], axis=1)
-    for wrong in (lambda: x.split(0), lambda: x.chunk(0)):
+    for wrong in (lambda: x.split(0), lambda: x.chunk(0), lambda: x.split([-1, 3])):
         with pytest.raises(ValueError, match="must"):
             wrong()
     for wrong in (

@@ -502,6 +502,15 @@ def test_an_interrupted_gradient_never_reaches_the_model_afterwards(monkeypatch)
         assert all(p.grad is not None for p in model.parameters())
 
 
+def test_a_frozen_parameter_stays_frozen_in_the_workers():
+    model = make()
+    with Workers(model, 2) as workers:
+        frozen = next(model.parameters()).requires_grad_(False)
+        workers.gradient(lambda rank, each: each.loss(*get_batch(TOKENS, 2, each.config.block_size, 1, 0)).backward())
+    assert frozen.grad is None
+    assert sum(p.grad is not None for p in model.parameters()) == len(list(model.parameters())) - 1
+
+
 def test_a_wrong_target_is_reported_in_the_ops_words():
     tokens = TOKENS.copy()
     tokens[:] = 999

@@ -549,3 +549,26 @@ def test_with_a_scaled_loss(device):
         return scaler.scale(y)
 
     assert_bitwise(device, build, (5, 6), dropout=0.3)
+
+
+@pytest.mark.parametrize("second", [lambda a: a[:1] * 3, lambda a: (a, a), lambda a: (a * 2).double()])
+def test_a_function_that_returns_something_else_the_second_time_is_refused(second):
+    calls = []
+
+    def fn(a):
+        calls.append(1)
+        return a * 2 if len(calls) == 1 else second(a)
+
+    x = Tensor(np.arange(4.0, dtype=np.float32), requires_grad=True)
+    y = checkpoint(fn, x).sum()
+    with pytest.raises(RuntimeError, match=r"checkpoint: fn returned .* the first time and .* the second"):
+        y.backward()
+    assert x.grad is None
+
+
+def test_an_input_whose_data_was_replaced_is_refused():
+    x = Tensor(np.ones(3), requires_grad=True)
+    y = checkpoint(lambda t: t * t, x).sum()
+    x.data = np.full(3, 100.0)
+    with pytest.raises(RuntimeError, match="the data of an input was replaced between forward and backward"):
+        y.backward()

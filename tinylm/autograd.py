@@ -70,7 +70,6 @@ class Op:
     broadcasts: ClassVar[bool] = False  # the engine sums a gradient over the axes along which its input was stretched
     autocasts: ClassVar[str] = ""  # under autocast, cast its floating "inputs" or its "output"
     half: ClassVar[str] = "rounded"  # float16: "rounded", "loss" or, if values are only moved, "as it is"; see half.py
-    takes_none: ClassVar[bool] = False  # backward gets None, not zeros, for an output that the loss does not depend on
 
     parents: Sequence[Union["Op", "Tensor", None]] | None = ()
     saved: tuple[Any, ...] = ()
@@ -111,7 +110,11 @@ class Op:
         arrays, needs, parents, slots, dtype = cls._gather(inputs, record.recording)
         implementation = registry.implementation(cls, record, arrays, params)
         if isinstance(implementation, FunctionType):  # engine "composed": a function of Tensors
-            return implementation(*inputs, **params)
+            try:
+                return implementation(*inputs, **params)
+            except Exception as error:
+                error.add_note(f"in {cls.name()}({errors.describe(arrays)}), composed")
+                raise
         if dtype == FLOAT16 and implementation.half != "as it is":
             implementation = in_half(implementation)
         op = implementation()
@@ -140,7 +143,7 @@ class Op:
                 op.override = record.overrides.get(cls)
             if record.anomaly:
                 ids = [id(a) for a in arrays], [id(a) for a in outputs]
-                op.prints = (errors.fingerprints(op.saved), *ids)
+                op.prints = (errors.fingerprints((op.saved, *params.values())), *ids)
             if record.tracker is not None:
                 record.tracker.recorded(op, outputs)
         if several:
@@ -254,15 +257,19 @@ class Walk:
                 else:
                     self.step(op, dys, record.anomaly)
             except Exception as error:
-                errors.note(error, op, "backward", dys)
+                errors.note(error, op, "unfold" if isinstance(op, Unfolding) else "backward", dys)
                 raise
             if op.override is not None:
                 op.override.went_back()
-            op.parents, op.saved = None, ()
+            op.parents, op.saved, op.prints = None, (), None
             if record.tracker is not None:
                 record.tracker.look(self)
             del dys  # otherwise these gradients would stay alive while the next node runs
         with _adding:
+            for leaf in self.leaves:  # before any is changed
+                if leaf.grad is not None:
+                    spec = leaf.data.shape, leaf.data.dtype
+                    errors.check_array("backward", "the gradient that a leaf already has", leaf.grad, spec)
             for leaf in self.leaves:
                 total = self.sums[leaf]
                 if leaf.grad is None:
@@ -272,7 +279,7 @@ class Walk:
 
     def step(self, op: Op, dys: list[Any], anomaly: bool) -> None:
         """Run one node's backward and add what it returns to its parents' sums."""
-        dxs = op.backward(*(dys if len(dys) == 1 or op.takes_none else _filled(dys, op.outputs)))
+        dxs = op.backward(*(dys if len(dys) == 1 else _filled(dys, op.outputs)))
         if type(dxs) is not tuple:
             dxs = dxs if isinstance(dxs, list) else (dxs,)
         parents = op.parents or ()

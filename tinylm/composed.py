@@ -11,6 +11,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from . import ops
 from .array import array_module
 from .ops.attention import CausalAttention, causal_mask
@@ -59,7 +61,7 @@ def layer_norm(x: Any, weight: Any, bias: Any, eps: float) -> Tensor:
     centred = x - x.mean(axis=-1, keepdims=True)
     xhat = centred / ((centred * centred).mean(axis=-1, keepdims=True) + eps).sqrt()
     y = xhat * weight
-    return y if bias is None else y + bias
+    return ops.cast(y if bias is None else y + bias, xhat.dtype)  # float16 stays so beside float32 weights
 
 
 @composed(CausalAttention, MatMul, Softmax)
@@ -69,7 +71,8 @@ def causal_attention(q: Any, k: Any, v: Any, dropout: float, key: Any) -> Tensor
     xp = array_module(q.data)
     s = (q @ k.swapaxes(-1, -2)) / math.sqrt(q.shape[3])  # (B, H, T, S)
     T, S = s.shape[2:]
-    p = ops.where(causal_mask(xp, T, S), s, -math.inf).softmax()
+    lowest = float(np.finfo(s.dtype).min) / 2  # finite, so that detect_anomaly() finds nothing
+    p = ops.where(causal_mask(xp, T, S), s, lowest).softmax()
     if dropout:
         mask = keep_mask(key, (len(p), T, p.shape[1], S), dropout, p.data)
         p = p * mask.swapaxes(1, 2)
@@ -82,8 +85,8 @@ def cross_entropy(logits: Any, targets: Any, ignore_index: int, reduction: str) 
     targets = targets.data if isinstance(targets, Tensor) else targets
     t, counted = check_targets(targets, logits.shape, ignore_index)
     xp = array_module(t)
-    chosen = logits.float().reshape(-1, logits.shape[-1]) if logits.dtype.itemsize < 4 else logits
-    log_p = chosen.reshape(len(t), -1).log_softmax()[xp.arange(len(t)), t]
+    logits = ops.cast(logits, np.float32) if logits.dtype == np.float16 else logits  # a loss is float32
+    log_p = logits.reshape(len(t), logits.shape[-1]).log_softmax()[xp.arange(len(t)), t]
     losses = ops.where(counted, -log_p, 0.0)
     if reduction == "none":
         return losses.reshape(targets.shape)

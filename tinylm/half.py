@@ -54,11 +54,12 @@ class _InHalf:
         return tuple(_each(_as(dtype), dx) for dtype, dx in zip(self.dtypes, several, strict=True))
 
     def save(self, *arrays: Any) -> None:
-        super().save(*(_each(self._save, a) for a in arrays))  # type: ignore[misc]
+        if True in self.needs:  # type: ignore[attr-defined]
+            super().save(*(_each(self._save, a) for a in arrays))  # type: ignore[misc]
 
     def _save(self, x: Any) -> Any:
-        """An array as it is saved: statistics, smaller than the inputs, stay in float32."""
-        return self._round(x) if id(x) in self.given or (self.rounds and x.size >= self.large) else x
+        """An array as it is saved: statistics, much smaller than the inputs, stay in float32."""
+        return self._round(x) if id(x) in self.given or (self.rounds and 16 * x.size > self.large) else x
 
     def _round(self, x: Any) -> Any:
         """A float32 array in float16: the input itself where it came from one, and the same array each time."""

@@ -103,18 +103,20 @@ class AdamW:
 
     def step(self, coefficient: Any = 1.0) -> None:
         """Update every parameter that has a gradient, multiplied by `coefficient` (a number, or on a GPU an array)."""
-        rows = []
+        rows, states = [], []
         index = 0
         for group in self.groups:
             for p in group["params"]:
                 if p.grad is not None:
                     state = self._state_of(index, p)
-                    state["step"] += 1
-                    moments = state["exp_avg"], state["exp_avg_sq"], state["step"]
+                    states.append(state)
+                    moments = state["exp_avg"], state["exp_avg_sq"], state["step"] + 1
                     rows.append((p.data, p.grad, *moments, group["lr"], group["weight_decay"]))
                 index += 1
         if rows:
             adamw(*map(list, zip(*rows, strict=True)), self.betas, self.eps, coefficient)
+        for state in states:  # after the update: if it fails, no step was taken
+            state["step"] += 1
 
     # Saved in a checkpoint; parameters are named by their index in `parameters()`.
 

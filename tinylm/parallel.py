@@ -76,6 +76,7 @@ class Workers:
             return [contextvars.copy_context().run(work, 0)]
         for p, *copies in zip(self.model.parameters(), *self.parameters, strict=True):
             for copied in copies:
+                copied.requires_grad = p.requires_grad
                 copied.data = p.data  # no change, unless the model's parameter was assigned another array
         futures = [thread.submit(contextvars.copy_context(), work, rank) for rank, thread in enumerate(self._threads)]
         try:

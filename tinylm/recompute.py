@@ -37,6 +37,8 @@ class Recompute(Unfolding):
             Tensor(a) if parent is None else parent if isinstance(parent, Tensor) else Tensor._of(a, parent, slot)
             for a, parent, slot in zip(self.saved, self.parents or (), self.slots, strict=True)
         ]
+        if any(isinstance(x, Tensor) and x.data is not a for a, x in zip(self.saved, self.parents or (), strict=True)):
+            raise RuntimeError("checkpoint: the data of an input was replaced between forward and backward")
         now, state = settings.current(), random.state()
         first = next(autograd.creation)
         again = {"recording": True, "anomaly": now.anomaly, "tracker": now.tracker, "engines": self.engines}
@@ -46,6 +48,8 @@ class Recompute(Unfolding):
                 y = _tuple(self.fn(*inputs))
         finally:
             random.seed(*state)
+        if (second := [(t.shape, t.dtype) for t in y]) != list(self.outputs):
+            raise RuntimeError(f"checkpoint: fn returned {list(self.outputs)} the first time and {second} the second")
         # An output that depends on nothing differentiable has no graph to walk.
         roots = [(t, dy) for t, dy in zip(y, dys, strict=True) if t.requires_grad and dy is not None]
         new = autograd.reachable([t.op for t, _ in roots if t.op is not None], since=first)

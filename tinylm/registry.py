@@ -26,9 +26,10 @@ def implementation(target: Any, record: Settings, args: Any, params: dict[str, A
     """The class or function that runs for `target` (an op, or a function's reference) on these arguments."""
     if record.overrides:
         for other in record.overrides.values():
-            other.saw(target)
-        if target in record.overrides:
-            return record.overrides[target].replacement
+            if other is not None:
+                other.saw(target)
+        if (chosen := record.overrides.get(target)) is not None:
+            return chosen.replacement
     twins = _twins.get(target)
     if twins:
         for engine in _default if record.engines is None else record.engines:
@@ -43,7 +44,11 @@ def replaceable(function: Callable[..., Any]) -> Any:
 
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        chosen = implementation(call, current(), args, kwargs)
+        record = current()
+        chosen = implementation(call, record, args, kwargs)
+        if record.overrides.get(call) is not None:
+            with Block(overrides={call: None}):  # a replacement that calls what it replaces gets the original
+                return chosen(*args, **kwargs)
         return (function if chosen is call else chosen)(*args, **kwargs)
 
     call.supports = _always  # type: ignore[attr-defined]
@@ -78,6 +83,8 @@ def engines(*names: str) -> Block:
 
     Raises ValueError for an engine that is not registered: load it first (`fused.load("numba")`).
     """
+    if "reference" in names:  # what comes after it would never run
+        names = names[: names.index("reference")]
     _known(names)
     return Block(engines=names)
 

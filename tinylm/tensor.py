@@ -184,7 +184,8 @@ class Tensor:
                 f"only leaves can be deep-copied; this tensor was made by {self.op.name()} (detach() or clone() it)"
             )
         other = copy.copy(self)
-        other.data, other.grad = self.data.copy(), None if self.grad is None else self.grad.copy()
+        other.grad = None if self.grad is None else self.grad.copy()
+        owned(other, self)
         memo[id(self)] = other
         return other
 
@@ -312,6 +313,6 @@ def tensor(data: Any, dtype: Any = None, device: str | None = None, requires_gra
 def owned(new: Tensor, given: Any) -> Tensor:
     """`new`, made from `given`, with its own memory."""
     given = _raw(given)
-    if is_array(given) and (new.data is given or new.data.base is not None):
+    if new.data is given or new.data.base is not None:
         new.data = new.data.copy(order="K") if isinstance(given, np.ndarray) else new.data.copy()
     return new

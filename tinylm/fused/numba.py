@@ -141,7 +141,11 @@ class FusedLinearCrossEntropy(Float32, LinearCrossEntropy):
 
 
 def _float32_lists(params, grads, exp_avgs, exp_avg_sqs, *_, **__):
-    return all(type(a) is np.ndarray and a.dtype == f32 for a in (*params, *grads))
+    return all(
+        type(a) is np.ndarray and a.dtype == f32 and a.shape == p.shape and p.flags.writeable
+        for p, *arrays in zip(params, grads, exp_avgs, exp_avg_sqs, strict=True)
+        for a in (p, *arrays)
+    )
 
 
 @fused(adamw, engine="numba", supports=_float32_lists)

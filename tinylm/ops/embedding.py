@@ -15,6 +15,7 @@ class Embedding(Op):
 
     autocasts = "output"  # cast the rows that are looked up, not the whole table
     floats = slice(1)
+    half = "as it is"  # rows are only moved; scatter_add sums float16 in float32
 
     def forward(self, weight, ids):
         if weight.ndim != 2:

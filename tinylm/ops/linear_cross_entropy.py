@@ -44,7 +44,7 @@ class LinearCrossEntropy(Op):
         dx = xp.empty(x.shape, x.dtype) if self.needs[0] else None
         dw = xp.zeros(weight.shape, x.dtype) if self.needs[1] else None
         loss = xp.zeros((), x.dtype)
-        step = max(1, PIECE // V)
+        step = max(1, PIECE // max(1, V))
         for start in range(0, len(x), step):
             part = slice(start, start + step)
             z = product(x[part], weight.T)  # (n, V)
@@ -69,7 +69,7 @@ class LinearCrossEntropy(Op):
         return (xp.where(counted, xp.log(total) - chosen, 0) * share).sum()
 
     def backward(self, dy):
-        dx, dw = self.saved
+        (dx, dw), self.saved = self.saved, ()  # handed over: nobody else holds them
         for d in (dx, dw):
             if d is not None:
                 d *= dy

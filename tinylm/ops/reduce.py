@@ -61,7 +61,7 @@ class Mean(Reduction):
             return self.finish(self.total(x) / self.count)
 
     def backward(self, dy):
-        return self.stretch(dy / self.count)
+        return self.stretch(dy / builtins.max(1, self.count))
 
 
 class Var(Reduction):

@@ -182,6 +182,8 @@ def split(x: Any, size: int | Sequence[int], axis: int = 0) -> "tuple[Tensor, ..
     length = _length(x, axis)
     if isinstance(size, Sequence):
         sizes = tuple(int(n) for n in size)
+        if min(sizes, default=0) < 0:
+            raise ValueError(f"split: sizes must not be negative: {sizes}")
     elif (size := int(size)) < 1:
         raise ValueError(f"split: a piece must have at least size 1, not {size}")
     else:
