@@ -89,8 +89,11 @@ class Copy:
         """Run all tests on the unchanged code: how long each takes, and what it executes."""
         notes, hook = self.folder / "trace", self.root / "sitecustomize.py"
         hook.write_text("import mutation_plugin\n\nmutation_plugin.trace()\n")
-        status, text, _ = self.test({"": 3600}, *mode.split(), **{TRACE: str(notes)})
+        status, text, _ = self.test({"": 3600}, "-rf", *mode.split(), **{TRACE: str(notes)})
         hook.unlink()
+        # Tracing is slow, which a test with a clock may see.
+        if failed := re.findall(r"^FAILED (.+?)(?: - .*)?$", text, re.M):
+            status, text, _ = self.test(dict.fromkeys(["", *failed], 3600), *mode.split())
         if status:
             raise Broken(f"the tests fail on the unchanged code {mode}\n{text[-4000:]}")
         suite: Suite = {}

@@ -159,6 +159,8 @@ def unused(x):
 """,
         "tests/conftest.py": "import tinylm.nn",
         "tests/test_nn.py": """
+import sys
+
 from tinylm import nn
 
 def test_loops():
@@ -166,6 +168,9 @@ def test_loops():
 
 def test_survives():
     assert nn.survives(2) == 2
+
+def test_untraced():
+    assert sys.gettrace() is None
 """,
     }
     for name, text in files.items():
@@ -188,7 +193,7 @@ def test_a_mutant_is_killed_or_loops_or_survives(project, monkeypatch, capsys):
         "NONE = [None][0]": ("killed", "collection", 0),
         "x = abs(x)": ("timeout", "tests/test_nn.py::test_loops", 1),
         "while x:": ("killed", "tests/test_nn.py::test_loops", 1),
-        "return float(x)": ("survived", "", 2),
+        "return float(x)": ("survived", "", 3),
         "return not x": ("survived", "", 0),
     }
     assert "tinylm/nn.py:11  return float(x)  ->  return x" in printed
