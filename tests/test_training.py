@@ -141,6 +141,19 @@ def test_a_clip_of_ones_own_is_called_and_left_alone():
         np.testing.assert_array_equal(a * 0.5, b)
 
 
+def test_a_clip_that_wraps_the_original_runs_once_a_step():
+    calls = []
+
+    def logged(parameters, max_norm):
+        calls.append(clip_grad_norm_(parameters, max_norm))
+        return calls[-1]
+
+    with override(clip_grad_norm_, logged) as mine:
+        steps = run(make(), steps=3, clip=0.1)
+    assert [s.grad_norm for s in steps] == calls
+    assert mine.forward_calls == 3
+
+
 def test_training_is_in_place_and_in_training_mode():
     model = make(dropout=0.5).eval()
     before = {name: p.data for name, p in model.named_parameters()}

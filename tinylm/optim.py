@@ -165,8 +165,7 @@ def clip_grad_norm_(parameters: Iterable[Parameter], max_norm: float) -> float:
     NaN or 0. The caller decides what to do. (Pascanu, Mikolov & Bengio, 2013.)
     """
     grads = [p.grad for p in parameters if p.grad is not None]
-    norm = _global_norm(grads)
-    coefficient = _clip_coefficient(norm, max_norm)
+    norm, coefficient = _clipping(grads, max_norm)
     if coefficient != 1:
         for g in grads:
             g *= coefficient
@@ -179,15 +178,16 @@ def clip(parameters: Iterable[Parameter], max_norm: float) -> tuple[float, float
     Equivalent to `clip_grad_norm_`, without a separate pass over the gradients. If that function was replaced, the
     replacement is called, and the coefficient is 1.
     """
-    chosen = implementation(clip_grad_norm_, current(), (parameters, max_norm), {})
-    if chosen is not clip_grad_norm_:
-        return chosen(parameters, max_norm), 1.0
-    norm = _global_norm([p.grad for p in parameters if p.grad is not None])
-    return norm, _clip_coefficient(norm, max_norm)
+    found = implementation(clip_grad_norm_, current(), (parameters, max_norm), {}, counted=False)
+    if found is not clip_grad_norm_:
+        return clip_grad_norm_(parameters, max_norm), 1.0
+    return _clipping([p.grad for p in parameters if p.grad is not None], max_norm)
 
 
-def _clip_coefficient(norm: float, max_norm: float) -> float:
-    return max_norm / (norm + 1e-6) if max_norm < norm < math.inf else 1.0
+def _clipping(grads: list[Array], max_norm: float) -> tuple[float, float]:
+    """(the global norm, the coefficient that brings it down to `max_norm`)."""
+    norm = _global_norm(grads)
+    return norm, max_norm / (norm + 1e-6) if max_norm < norm < math.inf else 1.0
 
 
 def _global_norm(grads: list[Array]) -> float:

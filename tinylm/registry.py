@@ -22,14 +22,17 @@ _twins: dict[Any, dict[str, list[Any]]] = {}  # op or function -> engine -> its 
 _default: tuple[str, ...] = ()  # the engines in force outside blocks that choose engines
 
 
-def implementation(target: Any, record: Settings, args: Any, params: dict[str, Any]) -> Any:
-    """The class or function that runs for `target` (an op, or a function's reference) on these arguments."""
+def implementation(target: Any, record: Settings, args: Any, params: dict[str, Any], counted: bool = True) -> Any:
+    """The class or function that runs for `target` (an op, or a function's reference) on these arguments.
+
+    `counted`: it is about to run, and the overrides count it.
+    """
     if record.overrides:
         for other in record.overrides.values():
-            if other is not None:
+            if counted and other is not None:
                 other.saw(target)
-        if (chosen := record.overrides.get(target)) is not None:
-            return chosen.replacement
+        if (mine := record.overrides.get(target)) is not None:
+            return mine.replacement
     twins = _twins.get(target)
     if twins:
         for engine in _default if record.engines is None else record.engines:
@@ -45,11 +48,11 @@ def replaceable(function: Callable[..., Any]) -> Any:
     @wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         record = current()
-        chosen = implementation(call, record, args, kwargs)
+        found = implementation(call, record, args, kwargs)
         if record.overrides.get(call) is not None:
             with Block(overrides={call: None}):  # a replacement that calls what it replaces gets the original
-                return chosen(*args, **kwargs)
-        return (function if chosen is call else chosen)(*args, **kwargs)
+                return found(*args, **kwargs)
+        return (function if found is call else found)(*args, **kwargs)
 
     call.supports = _always  # type: ignore[attr-defined]
     return call
