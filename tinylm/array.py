@@ -55,19 +55,24 @@ def to_device(x: Array, device: str) -> Array:
     raise ValueError(f"device must be 'cpu' or 'cuda', not {device!r}")
 
 
+_NUMBERS = (float, int, bool, type(None))
+
+
 def plain(x: Any, who: str) -> Any:
     """Numbers and None unchanged; an array as a plain numpy.ndarray or cupy.ndarray (a memory-mapped one too).
 
     A NumPy scalar becomes a Python number, because a float64 scalar would turn other operands into float64. Raises
     TypeError for anything else, for np.matrix (its `*` is the matrix product), and for masked arrays.
     """
+    if type(x) in _NUMBERS:
+        return x
     if isinstance(x, np.generic):
         return x.item()
     if isinstance(x, np.matrix | np.ma.MaskedArray):
         raise TypeError(f"{who} takes plain arrays, not {type(x).__name__}; make one by np.asarray (fill a mask first)")
     if isinstance(x, np.ndarray):
         return x.view(np.ndarray) if type(x) is not np.ndarray else x
-    if isinstance(x, int | float | None) or is_array(x):
+    if isinstance(x, int | float) or is_array(x):
         return x
     raise TypeError(f"{who} takes Tensors, arrays and numbers, not {type(x).__name__}; try tensor(...)")
 
@@ -91,6 +96,11 @@ def largest(x: Array, axis: Any) -> Array:
     if all(x.shape[i] for i in axes):
         return x.max(axis=axis, keepdims=True)
     return array_module(x).zeros(tuple(1 if i in axes else n for i, n in enumerate(x.shape)), x.dtype)
+
+
+def row_dot(a: Array, b: Array) -> Array:
+    """(a * b).sum(axis=-1, keepdims=True), without the product in memory: (..., C), (..., C) -> (..., 1)."""
+    return array_module(a).einsum("...c,...c->...", a, b)[..., None]
 
 
 def scatter_add(total: Array, index: Array, values: Array) -> None:

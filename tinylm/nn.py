@@ -69,7 +69,8 @@ class Module:
     def _members(self) -> Iterator[tuple[str, Any]]:
         """(name, Parameter or Module) of the attributes, and of the items of lists, tuples and dicts among them."""
         for name, x in vars(self).items():
-            yield from _members_of(name, x)
+            if isinstance(x, _HOLDERS):  # most attributes are plain: skip them fast
+                yield from _members_of(name, x)
 
     def parameters(self) -> Iterator[Parameter]:
         return (parameter for _, parameter in self.named_parameters())
@@ -127,12 +128,16 @@ class Module:
         return "\n".join([f"{type(self).__name__}({', '.join(shapes)})", *below])
 
 
+_HOLDERS = (Parameter, Module, list, tuple, dict)  # a tuple: a union would be built at every call
+
+
 def _members_of(name: str, x: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(x, Parameter | Module):
+    if isinstance(x, (Parameter, Module)):
         yield name, x
-    elif isinstance(x, list | tuple | dict):
+    else:
         for key, y in x.items() if isinstance(x, dict) else enumerate(x):
-            yield from _members_of(f"{name}.{key}", y)
+            if isinstance(y, _HOLDERS):
+                yield from _members_of(f"{name}.{key}", y)
 
 
 def _normal(shape: tuple[int, ...], std: float) -> Array:

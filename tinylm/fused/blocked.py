@@ -7,7 +7,7 @@ work and of the memory. The row sum of dP * P is taken as that of dY * Y (Dao et
 
 import math
 
-from ..array import array_module
+from ..array import array_module, row_dot
 from ..ops.attention import CausalAttention, causal_mask
 from ..ops.matmul import product
 from ..registry import fused
@@ -51,7 +51,7 @@ class BlockedCausalAttention(CausalAttention):
         for (start, end, seen), p in reversed(list(zip(blocks(T, S), ps, strict=True))):
             dy_, q_ = dy[:, :, start:end], q[:, :, start:end]
             ds = self.dropped(product(dy_, v[:, :, :seen].swapaxes(-1, -2)), start, T, S)
-            ds -= (dy_ * y[:, :, start:end]).sum(axis=-1, keepdims=True)
+            ds -= row_dot(dy_, y[:, :, start:end])
             ds *= p
             ds *= 1 / math.sqrt(q.shape[3])
             product(ds, k[:, :, :seen], out=dq[:, :, start:end])

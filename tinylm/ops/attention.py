@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from .. import random
-from ..array import array_module, largest
+from ..array import array_module, largest, row_dot
 from ..autograd import Op
 from .dropout import keep_mask
 from .matmul import product
@@ -28,7 +28,7 @@ class CausalAttention(Op):
     def forward(self, q, k, v):
         self.check(q, k, v)
         xp = array_module(q)
-        s = product(q, k.swapaxes(-1, -2)) / math.sqrt(q.shape[3])  # (B, H, T, S)
+        s = product(q / math.sqrt(q.shape[3]), k.swapaxes(-1, -2))  # (B, H, T, S)
         s = xp.where(causal_mask(xp, *s.shape[2:]), s, -math.inf)
         p = xp.exp(s - largest(s, -1))  # the query's own key is not masked, so the maximum is not -inf
         p /= p.sum(axis=-1, keepdims=True)
@@ -38,7 +38,7 @@ class CausalAttention(Op):
     def backward(self, dy):
         q, k, v, p = self.saved
         dp = self.dropped(product(dy, v.swapaxes(-1, -2)))
-        ds = p * (dp - (dp * p).sum(axis=-1, keepdims=True)) / math.sqrt(q.shape[3])
+        ds = p * (dp - row_dot(dp, p)) / math.sqrt(q.shape[3])
         dv = product(self.dropped(p).swapaxes(-1, -2), dy)
         return product(ds, k), product(ds.swapaxes(-1, -2), q), dv
 

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ..array import array_module
+from ..array import array_module, row_dot
 from ..autograd import Op
-from .matmul import rows
+from .matmul import column_sums
 
 if TYPE_CHECKING:
     from ..tensor import Tensor
@@ -23,7 +23,7 @@ class LayerNorm(Op):
     def forward(self, x, weight, bias):
         self.check(x, weight, bias)
         xhat = x - x.mean(axis=-1, keepdims=True)
-        rstd = 1 / array_module(x).sqrt((xhat * xhat).mean(axis=-1, keepdims=True) + self.eps)
+        rstd = 1 / array_module(x).sqrt(row_dot(xhat, xhat) / x.shape[-1] + self.eps)
         xhat *= rstd
         self.save(xhat, rstd, weight)
         y = xhat * weight
@@ -32,8 +32,8 @@ class LayerNorm(Op):
     def backward(self, dy):
         xhat, rstd, weight = self.saved
         g = dy * weight
-        dx = rstd * (g - g.mean(axis=-1, keepdims=True) - xhat * (g * xhat).mean(axis=-1, keepdims=True))
-        return dx, rows(dy * xhat).sum(axis=0), rows(dy).sum(axis=0) if self.needs[2] else None
+        dx = rstd * (g - g.mean(axis=-1, keepdims=True) - xhat * (row_dot(g, xhat) / g.shape[-1]))
+        return dx, column_sums(dy * xhat), column_sums(dy) if self.needs[2] else None
 
     @staticmethod
     def check(x, weight, bias):

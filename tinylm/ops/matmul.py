@@ -24,6 +24,12 @@ def rows(x: Array) -> Array:
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
+def column_sums(x: Array) -> Array:
+    """(..., C) -> (C,), as a product of ones and x: faster than sum(axis=0)."""
+    x = rows(x)
+    return product(array_module(x).ones((1, len(x)), x.dtype), x)[0]
+
+
 class MatMul(Op):
     """With Y = A B: dA = dY B^T and dB = A^T dY, summed over the dimensions that were broadcast."""
 
@@ -81,8 +87,7 @@ class Linear(Op):
         return (
             product(dy, weight) if self.needs[0] else None,
             product(dy2.T, rows(x)) if self.needs[1] else None,
-            # The sum of the rows as a product: faster than sum(axis=0).
-            product(array_module(dy).ones((1, len(dy2)), dy.dtype), dy2)[0] if self.needs[2] else None,
+            column_sums(dy) if self.needs[2] else None,
         )
 
 
