@@ -30,7 +30,7 @@ import train_step
 
 from tinylm import GPT, GPTConfig, Tensor, ops, random
 from tinylm.array import keep_freed_memory
-from tinylm.data import Vocabulary, get_batch, language_reference, split
+from tinylm.data import CharTokenizer, get_batch, language_reference, split
 from tinylm.memory import peak_rss, track_memory
 from tinylm.nn import Parameter
 from tinylm.precision import autocast
@@ -78,11 +78,11 @@ Work = Iterator[float | None]  # one step for each item, and the validation loss
 def training(config: Config, mode: str, steps: int, recompute: int, seed: int) -> tuple[Work, float]:
     """The steps of a training run, and the MB of activations in one of them."""
     text = language_reference()
-    vocabulary = Vocabulary.of(text)
+    vocabulary = CharTokenizer.of(text)
     train_tokens, val_tokens = split(vocabulary.encode(text))
     dtype, recomputes, chunked = MODES[mode]
     random.seed(seed)
-    shape = GPTConfig(len(vocabulary), **config.sizes, recompute=recompute if recomputes else 0)
+    shape = GPTConfig(vocabulary.vocab_size, **config.sizes, recompute=recompute if recomputes else 0)
     model = (GPT if chunked else TwoOps)(shape)
     state = TrainState(
         model,

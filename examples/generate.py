@@ -1,14 +1,16 @@
-"""Generate text with a trained model: it continues a prompt, character by character.
+"""Generate text with a trained model: it continues a prompt.
 
-python examples/generate.py --run runs/char --prompt "The "
-python examples/generate.py --prompt "The " --temperature 0.7 --top-p 0.95 --stop "."
+tinylm generate --run runs/char --prompt "The "
+tinylm generate --prompt "The " --temperature 0.7 --top-p 0.95 --stop "."
 """
+
+from pathlib import Path
 
 import numpy as np
 
 from tinylm import cli, fused
 from tinylm.array import to_device
-from tinylm.data import Vocabulary
+from tinylm.data import Tokenizer
 from tinylm.runs import load_model
 
 
@@ -18,45 +20,51 @@ def main() -> None:
     text = "\n" if args.prompt is None else args.prompt
 
     with parser.mistakes():
-        model, vocabulary = load_model(args.run, args.device)
+        model, tokenizer = load_model(args.run or newest_run(), args.device)
         fused.load(tell=lambda message: None)
-        prompt = encode(vocabulary, text, "--prompt")
+        prompt = encode(tokenizer, text, "--prompt")
         if args.stop is not None:
-            encode(vocabulary, args.stop, "--stop")  # the model must be able to write it
-        tokens = model.stream(
-            to_device(prompt[None], args.device),
-            args.tokens,
-            args.temperature,
-            args.top_k,
-            args.seed,
-            top_p=args.top_p,
-        )
+            encode(tokenizer, args.stop, "--stop")  # the model must be able to write it
+        choice = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        tokens = model.stream(to_device(prompt[None], args.device), args.tokens, **choice)
 
     print(text, end="", flush=True)
-    written = ""
+    written, ids, count = "", [], 0
     try:
         for (token,) in tokens:
-            character = vocabulary.characters[token]
-            print(character, end="", flush=True)
-            written += character
+            count += 1
+            ids.append(int(token))
+            new = tokenizer.decode(ids)
+            if new.endswith("\ufffd") and len(ids) < 4:  # a character whose bytes are not complete yet
+                continue
+            print(new, end="", flush=True)
+            written, ids = written + new, []
             if args.stop is not None and written.endswith(args.stop):
                 break
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"after {len(written)} characters") from None
+        raise KeyboardInterrupt(f"after {count} tokens") from None
     finally:
         print()  # so that the next output starts on a new line
+
+
+def newest_run() -> Path:
+    """The run under runs/ that was started last. Raises ValueError if there is none."""
+    configs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    if not configs:
+        raise ValueError("there is no run under runs/ yet: `tinylm train` makes one, or name its folder with --run")
+    return configs[-1].parent
 
 
 def options() -> cli.Parser:
     """The command line."""
     parser = cli.Parser("Generate text: a trained model continues a prompt.")
-    parser.add_argument("--run", metavar="DIR", default="runs/char", help="folder of the run that trained the model")
+    parser.add_argument("--run", metavar="DIR", help="folder of the run that trained the model (default: the last)")
     parser.add_argument("--prompt", metavar="TEXT", help="the text to continue (default: a line break)")
-    parser.add_argument("--tokens", metavar="N", type=cli.at_least(0), default=500, help="characters to write at most")
+    parser.add_argument("--tokens", metavar="N", type=cli.at_least(0), default=500, help="tokens to write at most")
     parser.add_argument("--stop", metavar="TEXT", help="stop as soon as this text was written (default: none)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
 
-    choice = parser.add_argument_group("choice of the next character")
+    choice = parser.add_argument_group("choice of the next token")
     choice.add_argument(
         "--temperature",
         metavar="X",
@@ -75,12 +83,12 @@ def options() -> cli.Parser:
     return parser
 
 
-def encode(vocabulary: Vocabulary, text: str, flag: str) -> np.ndarray:
+def encode(tokenizer: Tokenizer, text: str, flag: str) -> np.ndarray:
     """Token ids of a flag's text. Raises ValueError that names the flag and the characters outside the vocabulary."""
     if not text:
         raise ValueError(f"{flag} is empty")
     try:
-        return vocabulary.encode(text)
+        return tokenizer.encode(text)
     except ValueError as error:
         raise ValueError(f"{flag} has {error}") from None
 

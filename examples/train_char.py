@@ -1,10 +1,10 @@
-"""Train a character-level GPT from scratch, on any text.
+"""Train a GPT from scratch, on any text.
 
-    python examples/train_char.py                    # two minutes on a laptop
-    python examples/train_char.py --data novel.txt
-    python examples/train_char.py --resume           # continue after Ctrl-C or a power cut
+    tinylm train                    # or python examples/train_char.py: two minutes on a laptop
+    tinylm train --data novel.txt
+    tinylm train --resume           # continue after Ctrl-C or a power cut
 
-Without --data it trains on the Python language reference, which comes with every Python.
+Without --data it trains on the Python language reference, which comes with every Python. A token is a character.
 """
 
 import io
@@ -13,112 +13,187 @@ import math
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from tinylm import GPT, GPTConfig, cli, fused, random
 from tinylm.array import keep_freed_memory, to_device
-from tinylm.corpus import open_tokens
-from tinylm.data import Vocabulary, fingerprint, language_reference, read_text, split
-from tinylm.diagnosis import Monitor
-from tinylm.files import writable_folder, write_whole
+from tinylm.data import (
+    TOKENIZERS,
+    CharTokenizer,
+    Tokenizer,
+    fingerprint,
+    language_reference,
+    open_tokens,
+    read_text,
+    split,
+)
+from tinylm.files import write_whole
 from tinylm.parallel import available_cores
-from tinylm.plots import loss_curve
 from tinylm.runs import Run, read_metrics
+from tinylm.runs.diagnosis import Monitor
+from tinylm.runs.plots import loss_curve
+from tinylm.runs.progress import Progress, tell_changes
 from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 
 def main() -> None:
     parser = options()
-    args = parser.parse_args()
     with parser.mistakes():
-        run = Run(args.out)
-        resuming = args.resume and run.exists()
-        before = run.config() if resuming else {}
-        # Flags that are not given again keep their values.
-        parser.set_defaults(**{name: value for name, value in before.items() if name in args})
-        args = parser.parse_args()
-
-        if args.device == "cuda":
-            args.threads = 1  # a GPU is one worker
-        config = cli.from_options(TrainConfig, args)
-        tokens, vocabulary, data = read_data(args.data)
+        args, run, before = arguments(parser)
+        tokens, tokenizer, data = read_data(args.data, args.tokenizer)
         train_tokens, val_tokens = split(tokens, block_size=args.block_size)
-        random.seed(config.seed)
-        model = GPT(cli.from_options(GPTConfig, args, vocab_size=len(vocabulary))).to(args.device)
-        state = TrainState(model, config)
+        random.seed(args.seed)
+        model = GPT(cli.from_options(GPTConfig, args, vocab_size=tokenizer.vocab_size)).to(args.device)
+        state = TrainState(model, cli.from_options(TrainConfig, args))
         notes: list[str] = []
         engine = list(fused.load(*args.engine or (), tell=notes.append)) or ["reference"]
-        now = {"data": args.data, "device": args.device, "engine": engine, **asdict(model.config), **asdict(config)}
-
-        if run.exists() and not (args.resume or args.overwrite):
-            raise ValueError(
-                f"{args.out} holds a run: --resume goes on with it, --overwrite replaces it, or choose --out"
-            )
-        writable_folder(args.out)  # last, so that a mistake creates no folder
-        if resuming:
-            run.resume(state, vocabulary, data, tell=print)
-            cli.tell_changes(before, now, state.step)
-            run.write_config(now)
+        config = {
+            **{name: getattr(args, name) for name in ("data", "tokenizer", "device")},
+            "engine": engine,
+            **asdict(model.config),
+            **asdict(state.config),
+        }
+        if before:
+            run.resume(state, tokenizer, data, tell=print)
+            tell_changes(before, config, state.step)
+            run.write_config(config)
         else:
-            if args.resume:
-                print(f"there is no run in {args.out} yet: beginning one")
-            run.start(now)
+            run.start(config)
 
-    print(f"text        {len(tokens):,} characters, {len(vocabulary)} different; the last tenth is for validation")
-    print(f"model       {model.num_parameters():,} parameters")
-    print(f"engine      {', '.join(engine)}", *notes, sep="\n", flush=True)
+    with cli.Screen():
+        print(f"text        {len(tokens):,} tokens, {tokenizer.vocab_size} different; the last tenth is for validation")
+        print(f"model       {model.num_parameters():,} parameters")
+        print(f"engine      {', '.join(engine)}", *notes, sep="\n")
+        print(f"run         {run.folder}", flush=True)
+        loop(state, train_tokens, val_tokens, tokenizer, data, run, args)
+        finish(state, val_tokens, tokenizer, run, args, config)
+
+
+def arguments(parser: cli.Parser) -> tuple[Namespace, Run, dict[str, Any]]:
+    """The arguments, the run's folder, and the configuration of the run to resume (empty: begin one)."""
+    args = parser.parse_args()
+    run = Run(run_folder(args) if args.out is None else args.out)
+    before: dict[str, Any] = {}
+    if run.exists():
+        if args.resume:
+            before = run.config()
+            parser.set_defaults(**{name: value for name, value in before.items() if name in args})  # unless given again
+            args = parser.parse_args()
+        elif not args.overwrite:
+            raise ValueError(
+                f"{run.folder} holds a run: --resume goes on with it, --overwrite replaces it, or choose another --out"
+            )
+    elif args.resume:
+        print(f"there is no run in {run.folder} yet: beginning one")
+    if args.device == "cuda":
+        args.threads = 1  # a GPU is one worker
+    return args, run, before
+
+
+def run_folder(args: Namespace) -> Path:
+    """runs/NAME after the data, or runs/NAME-2 and so on: the first that is free, or the last that is not."""
+    first = Path("runs") / (Path(args.data).stem if args.data else "char")
+    folders = [first]
+    while folders[-1].exists():
+        folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
+    return folders[-2] if (args.resume or args.overwrite) and len(folders) > 1 else folders[-1]
+
+
+def read_data(path: str | None, kind: str) -> tuple[np.ndarray, Tokenizer, str]:
+    """(tokens, tokenizer, fingerprint) of a text file, a folder of prepared tokens, or the default text for None."""
+    if path is not None and Path(path).is_dir():
+        return open_tokens(path)
+    text = language_reference() if path is None else read_text(path)
+    tokenizer = CharTokenizer.of(text) if kind == "characters" else TOKENIZERS[kind]()
+    tokens = tokenizer.encode(text)
+    return tokens, tokenizer, fingerprint(tokens)
+
+
+def loop(
+    state: TrainState,
+    train_tokens: np.ndarray,
+    val_tokens: np.ndarray,
+    tokenizer: Tokenizer,
+    data: str,
+    run: Run,
+    args: Namespace,
+) -> None:
+    """Train to the end, and write down and save what happens. Raises cli.Stopped after a signal, when all is saved."""
+
+    def save() -> None:
+        run.save(state, tokenizer, data, args.keep_last)
+
     keep_freed_memory()
     monitor = Monitor()
-    for line in read_metrics(args.out) if state.step else ():
-        monitor.update(line)
-    saved = state.step
-    with cli.Progress(config.steps, state.step) as progress, cli.Stop() as stop, run.telling_last_good(state):
+    for record in read_metrics(run.folder) if state.step else ():
+        monitor.update(record)
+    with (
+        Progress(state.config.steps, state.step) as progress,
+        cli.Stop() as stop,
+        run.keeping(state, save, progress.say),
+    ):
         for step in train(state, train_tokens, val_tokens):
-            progress.show(step)
             with progress.disk_trouble("the metrics"):
-                for line in run.record(step):
-                    for finding in monitor.update(line):
+                for record in run.record(step):
+                    for finding in monitor.update(record):
                         progress.say(f"note: {finding}")
-                if step.val_loss is not None:
-                    run.record_sample(step.step, sample(model, vocabulary, args, 200))
+            progress.show(step)
+            if step.val_loss is not None:
+                text = sample(state.model, tokenizer, args, 200)
+                progress.quote(text)
+                with progress.disk_trouble("the sample"):
+                    run.record_sample(step.step, text)
             due = args.save_every and step.step % args.save_every == 0
             best = step.val_loss is not None and step.val_loss == state.best_val_loss
             asked = stop.signal
             if due or best or asked or state.finished:
                 with progress.disk_trouble(f"step {step.step}"):
-                    run.save(state, vocabulary, data, args.keep_last)
-                    saved = step.step
+                    save()
             if asked:
-                raise cli.Stopped(asked, f"{progress.stands}; saved is step {saved}, and --resume goes on from it")
+                stands = f"{progress.stands}; saved is step {run.saved}, and --resume goes on from it"
+                raise cli.Stopped(asked, stands)
 
-    if state.step < config.steps:
-        print(f"stopped     after step {state.step}: no better validation loss in {config.early_stop} evaluations")
+
+def finish(
+    state: TrainState, val_tokens: np.ndarray, tokenizer: Tokenizer, run: Run, args: Namespace, config: dict[str, Any]
+) -> None:
+    """Say how the run ended; draw its curve; write a sample."""
+    if state.step < state.config.steps:
+        print(f"stopped     after step {state.step}: no better validation loss in {args.early_stop} evaluations")
     if state.val_loss is None:  # resumed with fewer steps than were already done
-        state.val_loss = evaluate(model, val_tokens, config.batch_size)
-    summary = summarise(state, run, now)
-    print(f"validation  loss {summary['val_loss']:.4f}, perplexity {summary['perplexity']:.3f}, ", end="")
-    print(f"{summary['bits_per_character']:.3f} bits a character")
-    print(f"time        {cli.clock(summary['seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s", flush=True)
-
-    picture = io.BytesIO()
-    loss_curve(read_metrics(args.out), title=f"A GPT of {model.num_parameters():,} parameters").savefig(
-        picture, dpi=150
-    )
-    write_whole(run.folder / "loss.png", picture.getvalue())
+        state.val_loss = evaluate(state.model, val_tokens, args.batch_size, state.block_size)
+    summary = {
+        "val_loss": state.val_loss,
+        "best_val_loss": state.best_val_loss,
+        "perplexity": math.exp(min(state.val_loss, 700)),
+        "bits_per_token": state.val_loss / math.log(2),
+        "steps": state.step,
+        "seconds": run.log.seconds,  # of training, over all resumptions, without evaluation
+        "tokens_per_second": run.log.tokens / run.log.seconds,
+        "parameters": state.model.num_parameters(),
+        "config": config,
+    }
     write_whole(run.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    print(f"written     {run.folder / 'loss.png'}, {run.folder / 'summary.json'}\n")
-    print(sample(model, vocabulary, args, args.sample_tokens))
+    picture = io.BytesIO()
+    title = f"A GPT of {state.model.num_parameters():,} parameters"
+    loss_curve(read_metrics(run.folder), title).savefig(picture, dpi=150)
+    write_whole(run.folder / "loss.png", picture.getvalue())
 
-
-def read_data(path: str | None) -> tuple[np.ndarray, Vocabulary, str]:
-    """(tokens, vocabulary, fingerprint) of a text file, a folder of prepared tokens, or the default text for None."""
-    if path is not None and Path(path).is_dir():
-        return open_tokens(path)
-    text = language_reference() if path is None else read_text(path)
-    vocabulary = Vocabulary.of(text)
-    tokens = vocabulary.encode(text)
-    return tokens, vocabulary, fingerprint(tokens)
+    print(f"validation  loss {summary['val_loss']:.4f}, perplexity {summary['perplexity']:.3f}, ", end="")
+    print(f"{summary['bits_per_token']:.3f} bits a token")
+    print(f"time        {cli.clock(summary['seconds'])}, {summary['tokens_per_second']:,.0f} tokens/s")
+    print(f"written     {run.folder / 'loss.png'}, {run.folder / 'summary.json'}")
+    if args.sample_tokens:
+        print(f"sample      {args.sample_tokens} tokens at temperature {args.temperature}:\n")
+        print(sample(state.model, tokenizer, args, args.sample_tokens))
+    print(f"""
+next        tinylm generate --run {run.folder} --prompt "The "
+            tinylm report {run.folder}
+            tinylm train --out {run.folder} --resume --steps {2 * state.config.steps}""")
+    if run.saved != state.step:
+        raise OSError(f"the last checkpoint could not be saved: saved is step {run.saved}")
 
 
 def options() -> cli.Parser:
@@ -129,14 +204,17 @@ def options() -> cli.Parser:
     data.add_argument(
         "--data",
         metavar="PATH",
-        help="a text in UTF-8, or a folder made by `python -m tinylm.data prepare` from texts larger than memory "
+        help="a text in UTF-8, or a folder made by `tinylm prepare` from texts larger than memory "
         "(default: Python's own language reference)",
+    )
+    data.add_argument(
+        "--tokenizer", choices=("characters", "bytes"), default="characters", help="what a token is; see tinylm.data"
     )
 
     cli.add_options(
         parser.add_argument_group("model"),
         GPTConfig,
-        block_size="the longest context, in characters",
+        block_size="the longest context, in tokens",
         n_layer="transformer blocks",
         n_head="attention heads in each; the number must divide --n-embd",
         n_embd="channels: the width of the model",
@@ -159,7 +237,7 @@ def options() -> cli.Parser:
         weight_decay="AdamW's pull of the matrices towards zero",
         clip="largest norm of the gradient, larger ones are scaled down to it; 0: no limit",
         eval_every="steps between two validations; 0: only at the end",
-        eval_tokens="validate on this many characters, from the start of the last tenth; 0: on all of it",
+        eval_tokens="validate on this many tokens, from the start of the last tenth; 0: on all of it",
         early_stop="stop after this many validations without a better one; 0: never",
         threads="threads that share each batch's sequences",
         dtype="of the activations: float32, or float16 with loss scaling (on a CPU: half the memory, but slower)",
@@ -176,10 +254,15 @@ def options() -> cli.Parser:
     training.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute")
 
     output = parser.add_argument_group("output")
-    output.add_argument("--out", metavar="DIR", default="runs/char", help="the run's folder")
+    output.add_argument(
+        "--out",
+        metavar="DIR",
+        help="the run's folder (default: runs/NAME after --data, with a number if that holds a run already; with "
+        "--resume and --overwrite the last of these)",
+    )
     again = output.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", default=None, help="continue the run in --out")
-    again.add_argument("--overwrite", action="store_true", default=None, help="replace the run in --out")
+    again.add_argument("--resume", action="store_true", default=None, help="continue the run")
+    again.add_argument("--overwrite", action="store_true", default=None, help="replace the run")
     output.add_argument(
         "--save-every",
         metavar="N",
@@ -191,38 +274,27 @@ def options() -> cli.Parser:
         "--keep-last", metavar="K", type=cli.at_least(1), default=2, help="newest checkpoints to keep, besides the best"
     )
     output.add_argument(
-        "--sample-tokens", metavar="N", type=cli.at_least(0), default=500, help="characters to generate at the end"
+        "--sample-tokens", metavar="N", type=cli.at_least(0), default=500, help="tokens to generate at the end"
     )
     output.add_argument(
-        "--temperature", metavar="X", type=cli.at_least(0, float), default=0.8, help="0: always the likeliest character"
+        "--temperature", metavar="X", type=cli.at_least(0, float), default=0.8, help="0: always the likeliest token"
     )
     output.add_argument(
-        "--top-k", metavar="N", type=cli.at_least(1), help="choose among the N likeliest characters (default: all)"
+        "--top-k", metavar="N", type=cli.at_least(1), help="choose among the N likeliest tokens (default: all)"
     )
     return parser
 
 
-def summarise(state: TrainState, run: Run, config: dict) -> dict:
-    """The content of summary.json."""
-    return {
-        "val_loss": state.val_loss,
-        "best_val_loss": state.best_val_loss,
-        "perplexity": math.exp(min(state.val_loss, 700)),
-        "bits_per_character": state.val_loss / math.log(2),
-        "steps": state.step,
-        "seconds": run.seconds,  # of training, over all resumptions, without evaluation
-        "tokens_per_second": run.tokens / run.seconds,
-        "parameters": state.model.num_parameters(),
-        "config": config,
-    }
-
-
-def sample(model: GPT, vocabulary: Vocabulary, args: Namespace, n_tokens: int) -> str:
+def sample(model: GPT, tokenizer: Tokenizer, args: Namespace, n_tokens: int) -> str:
     """Text that the model generates after a line break."""
-    start = "\n" if "\n" in vocabulary.characters else vocabulary.characters[0]
-    ids = to_device(vocabulary.encode(start)[None], args.device)
-    ids = model.generate(ids, n_tokens, args.temperature, args.top_k, args.seed)
-    return vocabulary.decode(to_device(ids[0, 1:], "cpu"))
+    try:
+        start = tokenizer.encode("\n")
+    except ValueError:  # the text has no line break
+        start = np.zeros(1, int)
+    ids = model.generate(
+        to_device(start[None], args.device), n_tokens, temperature=args.temperature, top_k=args.top_k, seed=args.seed
+    )
+    return tokenizer.decode(to_device(ids[0, len(start) :], "cpu"))
 
 
 if __name__ == "__main__":

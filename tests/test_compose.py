@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 
 from tinylm import GPT, GPTConfig, random
-from tinylm.data import Vocabulary
+from tinylm.data import CharTokenizer
 from tinylm.memory import track_memory
 from tinylm.runs import Run, read_metrics
 from tinylm.training import TrainConfig, TrainState, train
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "train_char.py"
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 8
-VOCABULARY = Vocabulary.of(TEXT)
+VOCABULARY = CharTokenizer.of(TEXT)
 TOKENS = VOCABULARY.encode(TEXT)
 SIZES = {"block_size": 16, "n_layer": 4, "n_head": 2, "n_embd": 16, "dropout": 0.1}
 CONFIG = {"steps": 12, "batch_size": 5, "lr": 0.01, "warmup": 2, "eval_every": 4, "seed": 3}
@@ -28,7 +28,7 @@ ALL = {"dtype": "float16", "accumulate": 2}
 def start(recompute=1, scale=None, **config):
     """The initial state of a run; with `scale`, a loss scale at which the first steps overflow."""
     random.seed(3)
-    model = GPT(GPTConfig(len(VOCABULARY), **SIZES, recompute=recompute))
+    model = GPT(GPTConfig(VOCABULARY.vocab_size, **SIZES, recompute=recompute))
     state = TrainState(model, TrainConfig(**{**CONFIG, **ALL, **config}))
     if scale:
         state.scaler.load_state_dict({**state.scaler.state_dict(), "scale": scale, "growth_interval": 3})
@@ -163,7 +163,7 @@ def test_all_of_them_are_flags_of_the_example(tmp_path):
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
         assert "Warning" not in done.stderr
-        metrics = read_metrics(tmp_path / out)
+        metrics = list(read_metrics(tmp_path / out))
         kept = ("step", "loss", "grad_norm", "val_loss", "loss_scale")
         return [{name: line.get(name) for name in kept} for line in metrics]
 

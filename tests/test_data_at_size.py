@@ -18,9 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tinylm import GPT, GPTConfig, corpus
-from tinylm.corpus import HEADER, TOKENS, Tokens, main, open_tokens, prepare
-from tinylm.data import Vocabulary, fingerprint, get_batch, read_chunks, read_text, split
+from tinylm import GPT, GPTConfig
+from tinylm.data import CharTokenizer, Tokens, fingerprint, get_batch, open_tokens, read_chunks, read_text, split
+from tinylm.data import prepare as preparing
+from tinylm.data import tokens as token_files
+from tinylm.data.prepare import main, prepare
+from tinylm.data.tokens import HEADER, TOKENS
 from tinylm.training import evaluate
 
 TEXT = "".join(f"{n} — die {n}. Zeile, η γραμμή, 第{n}行, 🙂\n" for n in range(300))
@@ -37,8 +40,8 @@ def write(path, content):
 @pytest.fixture
 def small_pieces(monkeypatch):
     """Pieces of a few bytes and tokens, so that a short text has many borders."""
-    monkeypatch.setattr(corpus, "read_chunks", functools.partial(read_chunks, size=5))
-    monkeypatch.setattr(corpus, "CHUNK", 7)
+    monkeypatch.setattr(preparing, "read_chunks", functools.partial(read_chunks, size=5))
+    monkeypatch.setattr(token_files, "CHUNK", 7)
 
 
 @pytest.fixture
@@ -114,16 +117,16 @@ def test_a_prepared_text_is_the_text_in_memory(tmp_path):
     header = prepare(paths, tmp_path / "new" / "out")
     assert set(content(tmp_path / "new" / "out")) == {TOKENS, HEADER}
     tokens, vocabulary, sha256 = open_tokens(tmp_path / "new" / "out")
-    in_memory = Vocabulary.of(TEXT).encode(TEXT)
-    assert vocabulary.characters == Vocabulary.of(TEXT).characters
+    in_memory = CharTokenizer.of(TEXT).encode(TEXT)
+    assert vocabulary.characters == CharTokenizer.of(TEXT).characters
     assert tokens.dtype == "<u2"
     np.testing.assert_array_equal(tokens, in_memory)
     assert vocabulary.decode(tokens) == TEXT
     raw = (tmp_path / "new" / "out" / TOKENS).read_bytes()
     assert sha256 == hashlib.sha256(raw).hexdigest() == fingerprint(in_memory)
     assert header == json.loads((tmp_path / "new" / "out" / HEADER).read_text()) == {
-        "format": "tinylm tokens", "version": 1, "dtype": "uint16", "tokens": len(TEXT),
-        "vocabulary": vocabulary.characters,
+        "format": "tinylm tokens", "version": 2, "dtype": "uint16", "tokens": len(TEXT),
+        "tokenizer": {"kind": "characters", "characters": vocabulary.characters},
         "sources": [{"name": str(path), "bytes": path.stat().st_size} for path in paths], "sha256": sha256,
     }  # fmt: skip
 
@@ -142,7 +145,7 @@ def test_a_token_is_as_wide_as_the_vocabulary_needs(different, dtype, tmp_path):
     text = "".join(map(chr, range(0x10000, 0x10000 + different)))
     prepare([write(tmp_path / "text", text)], tmp_path / "out")
     tokens, vocabulary, _ = open_tokens(tmp_path / "out")
-    assert (tokens.dtype, len(vocabulary)) == (dtype, different)
+    assert (tokens.dtype, vocabulary.vocab_size) == (dtype, different)
     np.testing.assert_array_equal(tokens, np.arange(different))
 
 
@@ -165,8 +168,8 @@ def test_until_it_is_whole_there_is_nothing_and_the_old_stays(prepared, tmp_path
     text, fresh, before = write(tmp_path / "text", "another text"), tmp_path / "fresh", content(prepared)
     fresh.mkdir()
     for folder, expected in ((fresh, {}), (prepared, before)):
-        (folder / f".{TOKENS}.1").write_text("left behind by a killed program")
-        (folder / f".{HEADER}.1").write_text("left behind by a killed program")
+        (folder / f".{TOKENS}.abc.tinylm").write_text("left behind by a killed program")
+        (folder / f".{HEADER}.abc.tinylm").write_text("left behind by a killed program")
         seen = []
 
         def look(what, done, folder=folder, seen=seen):
@@ -204,14 +207,14 @@ def test_a_full_disk_leaves_what_was_there(fails, prepared, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("later", ["a text at", "a t", "a tixt"])
 def test_a_text_that_changes_meanwhile_is_refused(later, tmp_path, monkeypatch):
-    text, survey = write(tmp_path / "text", "a text"), corpus._survey
+    text, survey = write(tmp_path / "text", "a text"), preparing._survey
 
     def then_change(texts):
         found = survey(texts)
         write(text, later)
         return found
 
-    monkeypatch.setattr(corpus, "_survey", then_change)
+    monkeypatch.setattr(preparing, "_survey", then_change)
     with pytest.raises(ValueError, match="the text changed while it was being read"):
         prepare([text], tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -239,7 +242,7 @@ def cut(by):
 SIZE = 2 * len(TEXT)
 FOREIGN = "F/header.json is damaged, or was not written by tinylm"
 DAMAGES = {
-    "no folder": (shutil.rmtree, "cannot read F/header.json: No such file or directory; python -m tinylm.data prepare"),
+    "no folder": (shutil.rmtree, "cannot read F/header.json: No such file or directory; `tinylm prepare`"),
     "no header": (lambda f: (f / HEADER).unlink(), "cannot read F/header.json: No such file or directory"),
     "no tokens": (lambda f: (f / TOKENS).unlink(), "cannot read F/tokens.bin: No such file or directory"),
     "not JSON": (rewritten(HEADER, b"{"), FOREIGN),
@@ -247,13 +250,16 @@ DAMAGES = {
     "not a table": (rewritten(HEADER, b"[1]"), FOREIGN),
     "foreign": (rewritten(HEADER, b'{"version": 1}'), FOREIGN),
     "foreign format": (edited(format="GGUF", version=3), FOREIGN),
-    "later version": (edited(version=2), "F/header.json is of version 2, and this tinylm reads version 1"),
+    "later version": (edited(version=3), "F/header.json is of version 3, and this tinylm reads versions 1 and 2"),
     "dtype": (edited(dtype="int8"), FOREIGN),
     "dtype list": (edited(dtype=["uint16"]), FOREIGN),
     "no number of tokens": (edited(tokens=None), FOREIGN),
     "no tokens at all": (edited(tokens=0), FOREIGN),
-    "vocabulary twice": (edited(vocabulary="aba"), FOREIGN),
-    "vocabulary list": (edited(vocabulary=["a", "b"]), FOREIGN),
+    "no tokenizer": (edited(tokenizer=None), FOREIGN),
+    "vocabulary twice": (edited(tokenizer={"kind": "characters", "characters": "aba"}), FOREIGN),
+    "vocabulary list": (edited(tokenizer={"kind": "characters", "characters": ["a", "b"]}), FOREIGN),
+    "of the first version": (edited(version=1, vocabulary="aba"), FOREIGN),
+    "unknown tokenizer": (edited(tokenizer={"kind": "mine"}), "F/header.json needs the tokenizer 'mine', which is not"),
     "no fingerprint": (edited(sha256=None), FOREIGN),
     "truncated": (cut(-1), f"F/tokens.bin has {SIZE - 1} bytes, but {SIZE} by its header: it is damaged"),
     "too long": (cut(2), f"F/tokens.bin has {SIZE + 2} bytes, but {SIZE} by its header: it is damaged"),
@@ -273,7 +279,7 @@ def test_what_is_damaged_is_named(damage, message, prepared):
 @pytest.mark.parametrize("at", [0, 6, 7, 8, 100, len(TEXT) - 1])
 @pytest.mark.usefixtures("small_pieces")
 def test_a_token_outside_the_vocabulary_is_refused(at, prepared):
-    size = len(Vocabulary.of(TEXT))
+    size = CharTokenizer.of(TEXT).vocab_size
     raw = np.memmap(prepared / TOKENS, "<u2", "r+")
     raw[at] = size - 1
     open_tokens(prepared)
@@ -291,17 +297,15 @@ def test_a_token_outside_the_vocabulary_is_refused(at, prepared):
 
 def test_batches_and_evaluation_are_those_of_the_tokens_in_memory(prepared):
     tokens, vocabulary, _ = open_tokens(prepared)
-    in_memory = Vocabulary.of(TEXT).encode(TEXT)
+    in_memory = CharTokenizer.of(TEXT).encode(TEXT)
     for of_file, loaded in zip(split(tokens), split(in_memory), strict=True):
         assert isinstance(of_file, Tokens)
         for step in range(5):
-            for a, b in zip(
-                get_batch(of_file, 7, 8, 1, step, 1, 3), get_batch(loaded, 7, 8, 1, step, 1, 3), strict=True
-            ):
+            for a, b in zip(get_batch(of_file, 7, 8, 1, step), get_batch(loaded, 7, 8, 1, step), strict=True):
                 assert type(a) is np.ndarray
                 np.testing.assert_array_equal(a, b)
-    model = GPT(GPTConfig(block_size=8, vocab_size=len(vocabulary), n_layer=1, n_head=1, n_embd=8))
-    assert evaluate(model, split(tokens)[1], 4) == evaluate(model, split(in_memory)[1], 4)
+    model = GPT(GPTConfig(block_size=8, vocab_size=vocabulary.vocab_size, n_layer=1, n_head=1, n_embd=8))
+    assert evaluate(model, split(tokens)[1], 4, 8) == evaluate(model, split(in_memory)[1], 4, 8)
 
 
 def test_tokens_behave_as_an_array(prepared):
@@ -344,19 +348,19 @@ AT_SIZE = """
 import re, sys
 from pathlib import Path
 import numpy as np
-from tinylm import GPT, GPTConfig, corpus
-from tinylm.data import get_batch, split
+from tinylm import GPT, GPTConfig
+from tinylm.data import get_batch, open_tokens, prepare, split
 from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 def peak_mb(key="VmHWM"):
     return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 if sys.argv[1] == "prepare":
-    corpus.main()
+    prepare.main()
 else:
-    tokens, vocabulary, _ = corpus.open_tokens(sys.argv[1])
+    tokens, vocabulary, _ = open_tokens(sys.argv[1])
     train_tokens, val_tokens = split(tokens)
-    model = GPT(GPTConfig(block_size=64, vocab_size=len(vocabulary), n_layer=2, n_head=2, n_embd=64))
+    model = GPT(GPTConfig(block_size=64, vocab_size=vocabulary.vocab_size, n_layer=2, n_head=2, n_embd=64))
     state = TrainState(model, TrainConfig(steps=10, eval_every=0, lr=1e-2, warmup=2))
     losses = [step.loss for step in train(state, train_tokens, val_tokens[:50_000])]
     print("loss", losses[0], losses[-1])
@@ -398,7 +402,7 @@ def test_two_gigabytes_are_trained_on_in_300_mb(tmp_path):
         (tmp_path / "text").unlink()
         tokens = np.memmap(tmp_path / "out" / TOKENS, "<u2", "r")
         assert len(tokens) == times * len(block)
-        ids = Vocabulary.of(block).encode(block)
+        ids = CharTokenizer.of(block).encode(block)
         for n in (0, times // 2, times - 1):
             np.testing.assert_array_equal(tokens[n * len(block) : (n + 1) * len(block)], ids)
         told, peak = run(tmp_path / "out")
@@ -430,7 +434,7 @@ def test_the_example_trains_the_same_on_a_text_and_on_its_prepared_folder(tmp_pa
             cwd=tmp_path, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=60,
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(f"text        {len(TEXT):,} characters, {len(set(TEXT))} different")
+        assert done.stdout.startswith(f"text        {len(TEXT):,} tokens, {len(set(TEXT))} different")
         losses[name] = json.loads((tmp_path / f"run-{name}" / "summary.json").read_text())["val_loss"]
     assert losses["text"] == losses["prepared"] != losses["less"]
     # A run goes on with the same data in the other form.
@@ -446,7 +450,7 @@ def test_the_example_trains_the_same_on_a_text_and_on_its_prepared_folder(tmp_pa
 
 def command(*arguments, **options):
     return subprocess.run(
-        [sys.executable, "-m", "tinylm.data", *map(str, arguments)], capture_output=True, encoding="utf-8",
+        [sys.executable, "-m", "tinylm", *map(str, arguments)], capture_output=True, encoding="utf-8",
         env=ENVIRONMENT, timeout=60, **options,
     )  # fmt: skip
 
@@ -456,7 +460,7 @@ def test_the_command_prepares_and_tells(tmp_path):
     done = command("prepare", "b", "a", "b", "--out", "new/out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(
-        "text        9 characters, 5 different\nwritten     new/out/tokens.bin (0.0 MB), new/out/"
+        "text        9 tokens, 5 different\nwritten     new/out/tokens.bin (0.0 MB), new/out/"
     )
     tokens, vocabulary, _ = open_tokens(tmp_path / "new" / "out")
     assert vocabulary.decode(tokens) == "twoonetwo"
@@ -464,8 +468,8 @@ def test_the_command_prepares_and_tells(tmp_path):
 
 def test_the_progress_is_plain_lines_where_nobody_watches(tmp_path, monkeypatch, capsys):
     path = write(tmp_path / "text", b"x" * 2_500_000)
-    monkeypatch.setattr(corpus, "PERIOD", 0.0)
-    monkeypatch.setattr(sys, "argv", ["data.py", "prepare", str(path), "--out", str(tmp_path / "out")])
+    monkeypatch.setattr(preparing, "PERIOD", 0.0)
+    monkeypatch.setattr(sys, "argv", ["tinylm prepare", str(path), "--out", str(tmp_path / "out")])
     main()
     lines = capsys.readouterr().out.splitlines()
     done = ["1.0 MB", "2.1 MB", "2.5 MB"]
@@ -478,7 +482,7 @@ def test_the_progress_is_bars_on_a_terminal(tmp_path):
     reader, terminal = os.openpty()
     environment = {**ENVIRONMENT, "TERM": "xterm-256color", "COLUMNS": "100"}
     program = subprocess.Popen(
-        [sys.executable, "-m", "tinylm.data", "prepare", "text", "--out", "out"], cwd=tmp_path, env=environment,
+        [sys.executable, "-m", "tinylm", "prepare", "text", "--out", "out"], cwd=tmp_path, env=environment,
         stdin=terminal, stdout=terminal, stderr=terminal,
     )  # fmt: skip
     os.close(terminal)
@@ -497,18 +501,18 @@ def test_the_progress_is_bars_on_a_terminal(tmp_path):
 
 
 MISTAKES = {
-    "nothing": ("", "the following arguments are required: command, FILE, --out"),
-    "no out": ("prepare good", "the following arguments are required: --out"),
-    "unknown": ("repair good --out o", "invalid choice: 'repair'"),
-    "missing": ("prepare good none --out o", "cannot read none: No such file or directory"),
-    "folder": ("prepare folder --out o", "cannot read folder: Is a directory"),
-    "latin1": ("prepare good latin1 --out new/o", "latin1 is not UTF-8 text: byte 0xe9 at offset 3"),
-    "binary": ("prepare good zeros --out new/o", "zeros is not text: byte 0x00 at offset 2"),
-    "empty": ("prepare good empty --out new/o", "empty is empty"),
-    "pipe": ("prepare pipe --out o", "cannot read pipe twice: save it as a file first"),
-    "taken": ("prepare good --out taken", "taken already holds header.json: choose another folder, or replace it with"),
-    "out is a file": ("prepare good --out good", "cannot write into good: it is not a folder"),
-    "out below a file": ("prepare good --out good/o", "cannot write into good/o: Not a directory"),
+    "nothing": ("", "the following arguments are required: FILE, --out"),
+    "no out": ("good", "the following arguments are required: --out"),
+    "unknown": ("good --out o --tokenizer words", "invalid choice: 'words'"),
+    "missing": ("good none --out o", "cannot read none: No such file or directory"),
+    "folder": ("folder --out o", "cannot read folder: Is a directory"),
+    "latin1": ("good latin1 --out new/o", "latin1 is not UTF-8 text: byte 0xe9 at offset 3"),
+    "binary": ("good zeros --out new/o", "zeros is not text: byte 0x00 at offset 2"),
+    "empty": ("good empty --out new/o", "empty is empty"),
+    "pipe": ("pipe --out o", "cannot read pipe twice: save it as a file first"),
+    "taken": ("good --out taken", "taken already holds header.json: choose another folder, or replace it with"),
+    "out is a file": ("good --out good", "cannot write into good: it is not a folder"),
+    "out below a file": ("good --out good/o", "cannot write into good/o: Not a directory"),
 }
 
 
@@ -521,12 +525,12 @@ def test_a_mistake_is_one_line_and_leaves_nothing(arguments, message, tmp_path, 
     os.mkfifo(tmp_path / "pipe")
     prepare(["good"], "taken")
     before = sorted(tmp_path.rglob("*"))
-    monkeypatch.setattr(sys, "argv", ["data.py", *arguments.split()])
+    monkeypatch.setattr(sys, "argv", ["tinylm prepare", *arguments.split()])
     with pytest.raises(SystemExit) as stop:
         main()
     told = capsys.readouterr()
     assert (stop.value.code, told.out) == (2, "")
-    assert told.err.startswith("python -m tinylm.data: error: ")
+    assert told.err.startswith("tinylm prepare: error: ")
     assert message in told.err
     assert told.err.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
@@ -540,7 +544,7 @@ def test_a_disk_that_fills_up_is_one_line_and_leaves_nothing(tmp_path):
 
     done = command("prepare", "text", "--out", "new/out", cwd=tmp_path, preexec_fn=little_room)
     assert done.returncode == 1
-    assert done.stderr == "data.py: error: cannot write into new/out: File too large; nothing was kept\n"
+    assert done.stderr == "tinylm prepare: error: cannot write into new/out: File too large; nothing was kept\n"
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
@@ -550,8 +554,8 @@ def test_ctrl_c_leaves_nothing(tmp_path, monkeypatch):
     def interrupt(*_):
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(corpus, "_encoded", interrupt)
-    monkeypatch.setattr(sys, "argv", ["data.py", "prepare", str(path), "--out", str(tmp_path / "new" / "out")])
+    monkeypatch.setattr(preparing, "_encoded", interrupt)
+    monkeypatch.setattr(sys, "argv", ["tinylm prepare", str(path), "--out", str(tmp_path / "new" / "out")])
     with pytest.raises(KeyboardInterrupt, match="before the end: nothing was written"):
         main()
     assert list(tmp_path.iterdir()) == [path]

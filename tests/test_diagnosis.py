@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from tinylm import GPT, GPTConfig, random
-from tinylm.data import Vocabulary, language_reference, split
-from tinylm.diagnosis import Monitor, diagnose, read_metrics
+from tinylm.data import CharTokenizer, language_reference, split
 from tinylm.optim import warmup_cosine
+from tinylm.runs import read_metrics
+from tinylm.runs.diagnosis import Monitor, diagnose
 from tinylm.training import TrainConfig, TrainState, train
 
 TEXT = language_reference()
-VOCABULARY = Vocabulary.of(TEXT)
+VOCABULARY = CharTokenizer.of(TEXT)
 TRAIN, VAL = split(VOCABULARY.encode(TEXT))
 HEALTHY = np.load(Path(__file__).with_name("healthy.npz"))
 
@@ -23,7 +24,7 @@ HEALTHY = np.load(Path(__file__).with_name("healthy.npz"))
 def run(prepare=None, tokens=TRAIN, seed=0, **config):
     """The records of a real run of a tiny model."""
     random.seed(seed)
-    model = GPT(GPTConfig(len(VOCABULARY), block_size=32, n_layer=2, n_head=2, n_embd=32))
+    model = GPT(GPTConfig(VOCABULARY.vocab_size, block_size=32, n_layer=2, n_head=2, n_embd=32))
     if prepare:
         prepare(model)
     config = TrainConfig(
@@ -74,7 +75,7 @@ def shuffle_targets(model):
 
 def random_targets(model):
     loss, draw = model.loss, np.random.default_rng(0)
-    model.loss = lambda x, y: loss(x, draw.integers(len(VOCABULARY), size=y.shape))
+    model.loss = lambda x, y: loss(x, draw.integers(VOCABULARY.vocab_size, size=y.shape))
 
 
 def zero(model):
@@ -366,11 +367,11 @@ def test_read_metrics(tmp_path):
     whole = "".join(json.dumps(r) + "\n" for r in records)
     for cut in ("", '{"step": 2, "lo', '{"step": 2, "loss": 4.2', '{"step": 2, "loss": 4.2, "lr": -', "\0\0\0"):
         path.write_text(whole + cut)
-        assert list(read_metrics(path)) == records
+        assert list(read_metrics(tmp_path, strict=True)) == records
     path.write_text(whole + '{"step": 2, "loss": null}')  # whole, but for the line's end
-    assert list(read_metrics(path))[2] == {"step": 2, "loss": None}
+    assert list(read_metrics(tmp_path, strict=True))[2] == {"step": 2, "loss": None}
     path.write_text("")
-    assert list(read_metrics(path)) == []
+    assert list(read_metrics(tmp_path, strict=True)) == []
 
 
 @pytest.mark.parametrize(
@@ -393,20 +394,20 @@ def test_read_metrics_names_the_broken_line(line, what, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1, "loss": 4.5}}\n{line}\n{{"step": 3, "loss": 4.5}}\n', errors="surrogateescape")
     with pytest.raises(ValueError, match=f"metrics.jsonl, line 2: {what}"):
-        list(read_metrics(path))
+        list(read_metrics(tmp_path, strict=True))
 
 
 def test_read_metrics_of_no_file_and_of_a_whole_wrong_last_line(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read .*none: No such file"):
-        list(read_metrics(tmp_path / "none"))
-    (tmp_path / "m").write_text('{"step": 1, "loss": 4.5}\n{"loss": 4.5}\n')
-    with pytest.raises(ValueError, match="m, line 2: not a record"):
-        list(read_metrics(tmp_path / "m"))
+    with pytest.raises(ValueError, match=r"cannot read .*metrics.jsonl: No such file"):
+        list(read_metrics(tmp_path))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 4.5}\n{"loss": 4.5}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2: not a record"):
+        list(read_metrics(tmp_path, strict=True))
 
 
 def test_read_metrics_reads_as_it_goes(tmp_path):
-    (tmp_path / "m").write_text('{"step": 1, "loss": 4.5}\n' * 3 + "broken\n" * 2)
-    reader = read_metrics(tmp_path / "m")
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 4.5}\n' * 3 + "broken\n" * 2)
+    reader = read_metrics(tmp_path, strict=True)
     assert [next(reader)["step"] for _ in range(3)] == [1, 1, 1]
     with pytest.raises(ValueError, match="line 4"):
         next(reader)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tinylm import GPT, GPTConfig, is_grad_enabled, no_grad, random
 from tinylm.array import device_of
-from tinylm.generation import Reader, keep_likeliest, sample, window_start
+from tinylm.generation import Reader, Sampling, keep_likeliest, sample, window_start
 
 
 def make(dtype=np.float64, seed=0, **sizes):
@@ -129,7 +129,7 @@ def test_samples_follow_the_softmax_of_what_is_kept(temperature, top_k, top_p):
     order = np.argsort(-p)
     p[[i for rank, i in enumerate(order) if p[order[:rank]].sum() >= top_p]] = 0
     p /= p.sum()
-    drawn = sample(np.tile(logits, (n, 1)), temperature, top_k, top_p, [np.random.default_rng(3)] * n)
+    drawn = sample(np.tile(logits, (n, 1)), Sampling(temperature, top_k, top_p), [np.random.default_rng(3)] * n)
     counts = np.bincount(drawn, minlength=6)
     assert (counts[p == 0] == 0).all()
     chi_square = ((counts - n * p)[p > 0] ** 2 / (n * p)[p > 0]).sum()
@@ -141,11 +141,11 @@ def test_temperature_0_is_the_likeliest_and_so_is_next_to_0(temperature):
     logits = np.array([[1.0, 3.0, 2.999], [2.0, -1.0, 0.0]])
     noise = [np.random.default_rng(i) for i in range(2)]
     for _ in range(50):
-        np.testing.assert_array_equal(sample(logits, temperature, None, 0.9, noise), [1, 0])
+        np.testing.assert_array_equal(sample(logits, Sampling(temperature, top_p=0.9), noise), [1, 0])
 
 
 def test_greedy_takes_the_lower_id_of_equal_ones_and_asks_no_seed():
-    assert sample(np.array([[0.0, 5.0, 5.0]]), 0, None, 1.0, []) == 1
+    assert sample(np.array([[0.0, 5.0, 5.0]]), Sampling(0), []) == 1
     model = make()
     np.testing.assert_array_equal(
         model.generate(ids(2, 3), 12, temperature=0, seed=1), model.generate(ids(2, 3), 12, temperature=0, seed=2)
@@ -383,13 +383,13 @@ def test_the_stream_computes_nothing_for_batches_that_have_stopped(monkeypatch):
 
 
 def test_the_stream_is_what_generate_adds():
-    model = make()
+    model, options = make(), {"temperature": 0.9, "top_k": 6, "seed": 4, "top_p": 0.95}
     for prompts in (ids(3, 4), RAGGED):
-        steps = list(model.stream(prompts, 15, 0.9, 6, 4, top_p=0.95))
+        steps = list(model.stream(prompts, 15, **options))
         assert len(steps) == 15
         for step in steps:
             assert (step.shape, step.dtype) == ((len(prompts),), np.int64)
-        rows = model.generate(prompts, 15, 0.9, 6, 4, top_p=0.95)
+        rows = model.generate(prompts, 15, **options)
         np.testing.assert_array_equal(np.stack(steps, axis=1), [row[-15:] for row in rows])
 
 

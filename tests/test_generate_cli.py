@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from tinylm import GPT, GPTConfig, random
-from tinylm.data import Vocabulary
+from tinylm.data import CharTokenizer
 from tinylm.runs import Run, load_model
 from tinylm.training import TrainConfig, TrainState
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "generate.py"
-VOCABULARY = Vocabulary("\n abcdefghié")
+VOCABULARY = CharTokenizer("\n abcdefghié")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "", "PYTHONIOENCODING": "utf-8"}
 
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory):
     """A run whose model does not repeat one token."""
     folder = tmp_path_factory.mktemp("run")
     random.seed(0)
-    model = GPT(GPTConfig(len(VOCABULARY), block_size=12, n_layer=2, n_head=2, n_embd=8, dropout=0.2))
+    model = GPT(GPTConfig(VOCABULARY.vocab_size, block_size=12, n_layer=2, n_head=2, n_embd=8, dropout=0.2))
     draw = np.random.default_rng(0)
     for p in model.parameters():
         p.data += draw.normal(0, 0.5, p.shape).astype(np.float32)
@@ -45,10 +45,10 @@ def run(*arguments, cwd=None):
     )
 
 
-def written(folder, prompt, n, *options, **more):
+def written(folder, prompt, n, **options):
     """The text that the program must print, generated with the library."""
     model, vocabulary = load_model(folder)
-    return vocabulary.decode(model.generate(vocabulary.encode(prompt)[None], n, *options, **more)[0])
+    return vocabulary.decode(model.generate(vocabulary.encode(prompt)[None], n, **options)[0])
 
 
 @pytest.mark.parametrize(
@@ -67,16 +67,21 @@ def test_it_writes_the_prompt_and_what_the_model_adds(flags, options, folder):
     assert done.stdout == written(folder, "bé a", 40, **options) + "\n"
 
 
-def test_without_flags_it_goes_on_from_a_line_break_in_runs_char(folder, tmp_path):
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "char").symlink_to(folder)
+def test_without_flags_it_goes_on_from_a_line_break_in_the_last_run(folder, tmp_path):
+    done = run(cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "there is no run under runs/ yet" in done.stderr
+    (tmp_path / "runs" / "older").mkdir(parents=True)
+    (tmp_path / "runs" / "older" / "config.json").write_text("{}")
+    os.utime(tmp_path / "runs" / "older" / "config.json", (0, 0))
+    (tmp_path / "runs" / "last").symlink_to(folder)
     done = run(cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == written(folder, "\n", 500, 0.8) + "\n"
+    assert done.stdout == written(folder, "\n", 500, temperature=0.8) + "\n"
 
 
 def test_it_stops_after_a_text(folder):
-    whole = written(folder, "abc", 300, 0.8)[3:]
+    whole = written(folder, "abc", 300, temperature=0.8)[3:]
     stop = next(whole[i : i + 3] for i in range(20, 100) if whole.index(whole[i : i + 3]) == i)
     done = run("--run", folder, "--prompt", "abc", "--tokens", 300, "--stop", stop)
     assert (done.returncode, done.stderr) == (0, "")
@@ -84,7 +89,7 @@ def test_it_stops_after_a_text(folder):
 
 
 def test_only_what_it_writes_can_stop_it(folder):
-    whole = written(folder, "abc", 40, 0.8)[3:]
+    whole = written(folder, "abc", 40, temperature=0.8)[3:]
     for stop in ("b", "c" + whole[0]):  # in the prompt; half of it in the prompt
         end = whole.index(stop) + len(stop) if stop in whole else 40
         done = run("--run", folder, "--prompt", "abc", "--tokens", 40, "--stop", stop)
@@ -164,7 +169,7 @@ def test_characters_come_as_they_are_written_and_ctrl_c_ends_them(folder):
     rest, stderr = program.communicate(timeout=60)
     assert program.returncode == 130
     assert rest.endswith(b"\n")
-    after = re.fullmatch(rb"generate.py: interrupted after (\d+) characters\n", stderr)
+    after = re.fullmatch(rb"generate.py: interrupted after (\d+) tokens\n", stderr)
     assert after, stderr
     assert int(after[1]) >= 10
 
@@ -183,7 +188,7 @@ def test_help_tells_every_default(tmp_path):
     text = re.sub(r"\x1b\[[\d;]*m", "", done.stdout)
     blocks = [" ".join(block.split()) for block in re.findall(r"^  (--.+(?:\n {9}.+)*)", text, re.M)]
     assert {block.split()[0]: re.findall(r"\(default: (.*?)\)", block) for block in blocks} == {
-        "--run": ["runs/char"], "--prompt": ["a line break"], "--tokens": ["500"], "--stop": ["none"],
+        "--run": ["the last"], "--prompt": ["a line break"], "--tokens": ["500"], "--stop": ["none"],
         "--device": ["cpu"], "--temperature": ["0.8"], "--greedy": [], "--top-k": ["all"], "--top-p": ["1.0"],
         "--seed": ["0"],
     }  # fmt: skip

@@ -400,7 +400,7 @@ def test_sampled_frequencies_follow_the_softmax(temperature, top_k):
         p[np.argsort(p)[:-top_k]] = 0
     p /= p.sum()
     n = 20_000
-    ids = model.generate(np.tile([3, 1], (n, 1)), 1, temperature, top_k, seed=11)
+    ids = model.generate(np.tile([3, 1], (n, 1)), 1, temperature=temperature, top_k=top_k, seed=11)
     counts = np.bincount(ids[:, -1], minlength=6)
     assert (counts[p == 0] == 0).all()
     possible = p > 0

@@ -4,6 +4,7 @@ import math
 import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import reduce
 from itertools import chain, pairwise
@@ -16,24 +17,24 @@ from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
 from tinylm import GPT, GPTConfig, Op, detect_anomaly, no_grad, ops, parallel, random, reference_only, tensor
-from tinylm.data import Vocabulary, fingerprint, get_batch
+from tinylm.data import CharTokenizer, fingerprint, get_batch
 from tinylm.nn import Linear, Module
 from tinylm.optim import AdamW, clip_grad_norm_, decay_groups, warmup_cosine
-from tinylm.parallel import Workers, available_cores, replica
+from tinylm.parallel import Workers, available_cores, replica, tree_sum
 from tinylm.precision import GradScaler, autocast
 from tinylm.runs import Run
 from tinylm.settings import current
 from tinylm.training import TrainConfig, TrainState, batch_gradient, evaluate, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 12
-VOCABULARY = Vocabulary.of(TEXT)
+VOCABULARY = CharTokenizer.of(TEXT)
 TOKENS = VOCABULARY.encode(TEXT)
 SMALL = {"block_size": 8, "n_layer": 2, "n_head": 2, "n_embd": 8}
 
 
 def make(dtype=np.float32, kind=GPT, **sizes):
     random.seed(0)
-    model = kind(GPTConfig(len(VOCABULARY), **{**SMALL, **sizes}))
+    model = kind(GPTConfig(VOCABULARY.vocab_size, **{**SMALL, **sizes}))
     for p in model.parameters():
         p.data = (p.data + 0.05 * normal(*p.shape)).astype(dtype)
     return model
@@ -280,21 +281,23 @@ def test_lessons_have_one_thread_by_default_and_there_are_cores():
 @pytest.mark.parametrize("length", [2, 9, 10, 50, 51, 67])
 def test_evaluation_over_several_threads_is_that_of_one(length):
     model = make(np.float64, dropout=0.5)
-    expected = evaluate(model, TOKENS[:length], 2)
+    expected = evaluate(model, TOKENS[:length], 2, model.config.block_size)
     for threads in (2, 3, 5):
         with Workers(model, threads) as workers:
-            assert math.isclose(evaluate(model, TOKENS[:length], 2, workers), expected, rel_tol=1e-12)
+            assert math.isclose(
+                evaluate(model, TOKENS[:length], 2, model.config.block_size, workers), expected, rel_tol=1e-12
+            )
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_evaluation_leaves_every_model_in_its_mode_also_after_an_error(training):
     model = make().train(training)
     with Workers(model, 2) as workers:
-        evaluate(model, TOKENS[:50], 2, workers)
+        evaluate(model, TOKENS[:50], 2, model.config.block_size, workers)
         assert {m.training for each in workers.models for m in each.modules()} == {training}
         assert all(p.grad is None for each in workers.models for p in each.parameters())
         with pytest.raises(IndexError):
-            evaluate(model, np.full(50, 999), 2, workers)
+            evaluate(model, np.full(50, 999), 2, model.config.block_size, workers)
         assert {m.training for each in workers.models for m in each.modules()} == {training}
 
 
@@ -574,55 +577,70 @@ def test_train_gives_blas_its_threads_back_however_it_ends(two_blas_threads):
 # --- the reduction --------------------------------------------------------------------------------------------------
 
 
-class AndOne:
-    """A Reducer that adds 1 to every sum, as a further machine might."""
+class Threads:
+    """A Group whose processes are threads of this one, to try a group without MPI."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, rank, size, shared):
+        self.rank, self.size, self.shared = rank, size, shared
 
-    def sum_(self, parts):
-        self.asked.append([[None if a is None else a.copy() for a in part] for part in parts])
-        present = [[a for a in same if a is not None] for same in zip(*parts, strict=True)]
-        return [sum(same[1:], same[0]) + np.float32(1) for same in present]
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_the_reducer_is_asked_for_the_sums(threads):
-    model = make()
-    _, expected = gradient(model, batch_size=2, threads=threads)
-    state = state_of(model, batch_size=2, threads=threads)
-    model.zero_grad()
-    with Workers(model, threads) as workers:
-        reducer = workers.reducer = AndOne()
-        batch_gradient(state, TOKENS, workers)
-    got = np.concatenate([p.grad.reshape(-1) for p in model.parameters()])
-    assert_close(got, expected + 1, rtol=1e-5)
-    (parts,) = reducer.asked
-    assert len(parts) == threads
-    assert all(len(part) == len(list(model.parameters())) for part in parts)
-    without = [rank for rank, part in enumerate(parts) if all(a is None for a in part)]
-    assert len(without) == max(0, threads - 2)  # a worker without a sequence has nothing to add
+    def sum_(self, arrays):
+        barrier, parts = self.shared
+        parts[self.rank] = arrays
+        barrier.wait(30)
+        copies = [[None if a is None else a.copy() for a in parts[rank]] for rank in range(self.size)]
+        barrier.wait(30)  # nobody overwrites what others still copy
+        return [tree_sum(list(same)) for same in zip(*copies, strict=True)]
 
 
-def test_what_the_reducer_returns_is_what_the_optimizer_gets():
+def trained(processes, threads, **config):
+    """The states of `processes` trainings of `threads` threads each, as one group."""
+    shared = threading.Barrier(processes), {}
+
+    def process(rank):
+        random.seed(2)
+        state = state_of(make(dropout=0.2), steps=6, eval_every=3, threads=threads, **config)
+        list(train(state, TOKENS, TOKENS[:100], Threads(rank, processes, shared)))
+        return state
+
+    with threadpool_limits(1, "blas"), ThreadPoolExecutor(processes) as pool:
+        return list(pool.map(process, range(processes)))
+
+
+@pytest.mark.parametrize("config", [{}, {"accumulate": 2}, {"dtype": "float16"}], ids=str)
+@pytest.mark.parametrize("batch_size", [8, 7, 3])
+def test_a_group_trains_to_the_same_bits_however_its_workers_are_shared_out(batch_size, config):
+    """Four workers: in one process, two or four. With three sequences, one has nothing to do."""
+    runs = [trained(n, 4 // n, batch_size=batch_size, **config) for n in (1, 2, 4)]
+    (first, *_), *_ = runs
+    assert first.val_loss is not None
+    for states in runs:
+        for state in states:
+            assert state.val_loss == first.val_loss
+            for (name, a), b in zip(state.model.state_dict().items(), first.model.state_dict().values(), strict=True):
+                np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_what_the_group_returns_is_what_the_optimizer_gets():
     model = make()
 
     class Constant:
-        def sum_(self, parts):
-            return [np.full(p.shape, 3, np.float32) for p in model.parameters()]
+        rank, size = 0, 1
 
-    state = state_of(model, threads=2)
-    with Workers(model, 2) as workers:
-        workers.reducer = Constant()
-        batch_gradient(state, TOKENS, workers)
-    assert all((p.grad == 3).all() for p in model.parameters())
+        def sum_(self, arrays):
+            return [None if a is None else np.full(a.shape, 3, a.dtype) for a in arrays]
+
+    for threads in (1, 2):
+        with Workers(model, threads, Constant()) as workers:
+            model.zero_grad()
+            batch_gradient(state_of(model, threads=threads), TOKENS, workers)
+        assert all((p.grad == 3).all() for p in model.parameters())
 
 
 @given(
     size=st.integers(1, 4),
     present=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=9),
 )
-def test_sums_are_formed_in_the_order_of_the_workers_in_the_firsts_memory(size, present):
+def test_sums_are_formed_along_a_tree_of_the_workers_in_the_firsts_memory(size, present):
     parts = [
         [
             (10.0**rank * normal(3, seed=rank + i)).astype(np.float32) if is_[rank] else None
@@ -631,10 +649,15 @@ def test_sums_are_formed_in_the_order_of_the_workers_in_the_firsts_memory(size, 
         for rank in range(size)
     ]
     firsts = list(parts[0])
-    given_arrays = [[a for a in same if a is not None] for same in zip(*parts, strict=True)]
-    expected = [reduce(np.add, arrays) if arrays else None for arrays in given_arrays]
+
+    def plus(*arrays):
+        there = [a for a in arrays if a is not None]
+        return reduce(np.add, there) if there else None
+
+    padded = [[*same, None, None, None][:4] for same in zip(*parts, strict=True)]
+    expected = [plus(plus(*same[:2]), plus(*same[2:])) for same in padded]
     with Workers(make(), size) as workers:
-        sums = workers.sum_(parts)
+        sums = workers._sums(parts)
     for total, want, first in zip(sums, expected, firsts, strict=True):
         if want is None:
             assert total is None

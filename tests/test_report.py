@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylm.report import POINTS, curves, evenly, names, number, read_config, read_run, read_samples, report
+from tinylm.runs.metrics import Log, read_samples
+from tinylm.runs.report import POINTS, curves, evenly, names, number, read_config, read_run, report
 
 EVIL = "</script><script>console.error('owned')</script><img src=//evil.example/x onerror=alert(1)><!--"
 CONFIG = {"data": None, "n_layer": 4, "lr": 1e-5, "clip": 1.0, "seed": 2**60, "model": {"bias": True}}
@@ -42,12 +43,16 @@ def make_run(folder, steps=120, config=CONFIG, samples=True, sick=False, **more)
     if config is not None:
         (folder / "config.json").write_text(json.dumps(config))
     if samples:
-        (folder / "samples.txt").write_text(f"=== step 30\nfirst {EVIL}\n=== not a title\n\n=== step 60\nsecond\n")
+        (folder / "samples.jsonl").write_text(
+            json.dumps({"step": 30, "text": f"first {EVIL}\n=== step 9999"})
+            + "\n"
+            + json.dumps({"step": 60, "text": "second"})
+        )
     return folder
 
 
 def run(*arguments, cwd):
-    command = [sys.executable, "-m", "tinylm.report", *map(str, arguments)]
+    command = [sys.executable, "-m", "tinylm", "report", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, capture_output=True, encoding="utf-8", timeout=60)
 
 
@@ -107,7 +112,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(tmp_path):
     }.items():
         done = run(*arguments, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, "")
-        assert re.fullmatch(rf"python -m tinylm.report: error: .*{re.escape(message)}\n", done.stderr), done.stderr
+        assert re.fullmatch(rf"tinylm report: error: .*{re.escape(message)}\n", done.stderr), done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -173,12 +178,14 @@ def test_a_long_run_is_thinned_but_its_spikes_stay():
 
 
 def test_samples(tmp_path):
-    (tmp_path / "s").write_bytes("before\n=== step 1\na\r\n\n=== b\n=== step 22\n\xe9\u2028!\n\n".encode() + b"\xff")
-    assert read_samples(tmp_path / "s") == [
-        {"title": "step 1", "text": "a\r\n\n=== b"},
-        {"title": "step 22", "text": "é\u2028!\n\n�"},
-    ]
-    assert read_samples(tmp_path / "none") == []
+    assert read_samples(tmp_path) == []
+    log = Log(tmp_path)
+    texts = ["a\r\n\n=== step 9999\n", "\xe9\u2028!\n\n\ufffd\0", ""]
+    for step, text in enumerate(texts):
+        log.sample(step, text)
+    with open(tmp_path / "samples.jsonl", "ab") as file:
+        file.write(b'{"step": 7, "text": 3}\n[]\n\xff\n{"step": 8, "te')
+    assert read_samples(tmp_path) == [{"step": step, "text": text} for step, text in enumerate(texts)]
 
 
 def test_small_helpers(tmp_path):
@@ -221,7 +228,7 @@ def test_no_text_of_a_run_becomes_html_and_nothing_is_loaded(tmp_path):
     (shown,) = data_of(page)
     assert shown["config"][EVIL] == EVIL
     assert shown["config"]["long"] == "x" * 200 + "… (1,000 characters)"
-    assert shown["samples"][0]["text"] == f"first {EVIL}\n=== not a title"
+    assert shown["samples"][0]["text"] == f"first {EVIL}\n=== step 9999"
     assert shown["name"] == "a<b>&'\""
     assert "<title>a&lt;b&gt;&amp;" in page
 

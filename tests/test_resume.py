@@ -164,7 +164,7 @@ from tinylm import cli
 from time import sleep
 
 def main():
-    with cli.Progress(5) as progress, cli.Stop() as stop:
+    with Progress(5) as progress, cli.Stop() as stop:
         print("in a step", flush=True)
         sleep(60)
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-import tinylm.files
-import tinylm.runs
-from tinylm import GPT, GPTConfig, cli, random
-from tinylm.data import Vocabulary, fingerprint, split
-from tinylm.runs import DamagedError, Run, load_model, read_metrics
+from tinylm import GPT, GPTConfig, files, random
+from tinylm.data import CharTokenizer, fingerprint, split
+from tinylm.runs import DamagedError, Run, load_model, metrics, read_metrics
+from tinylm.runs.checkpoint import _checksum
+from tinylm.runs.progress import tell_changes
 from tinylm.training import Step, TrainConfig, TrainState, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 12
-VOCABULARY = Vocabulary.of(TEXT)
+VOCABULARY = CharTokenizer.of(TEXT)
 TOKENS = VOCABULARY.encode(TEXT)
 TRAIN, VAL = split(TOKENS, block_size=8)
 DATA = fingerprint(TOKENS)
@@ -34,7 +34,7 @@ def make(seed=3, vocabulary=VOCABULARY, sizes=None, **config):
     """A state before the first step."""
     random.seed(seed)
     sizes = {"block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8, "dropout": 0.2, **(sizes or {})}
-    return TrainState(GPT(GPTConfig(len(vocabulary), **sizes)), TrainConfig(**{**CONFIG, **config}))
+    return TrainState(GPT(GPTConfig(vocabulary.vocab_size, **sizes)), TrainConfig(**{**CONFIG, **config}))
 
 
 def save(run, state, **options):
@@ -68,10 +68,15 @@ def new(folder, **config):
 
 def everything(state):
     """The whole state, with arrays as bytes."""
-    arrays = {**state.model.state_dict(), **state.optimizer.arrays()}
-    rest = {name: value for name, value in vars(state).items() if name in ("step", "val_loss", "best_val_loss")}
-    rest["patience"] = state.evaluations_since_best
-    return {name: a.tobytes() for name, a in arrays.items()}, state.optimizer.steps(), rest
+    whole = state.state_dict()
+    del whole["random"], whole["training"], whole["optimizer"]["param_groups"]
+
+    def plain(x):
+        if isinstance(x, dict):
+            return {key: plain(value) for key, value in x.items()}
+        return x.tobytes() if isinstance(x, np.ndarray) else x
+
+    return plain(whole)
 
 
 def timeless(folder):
@@ -81,7 +86,11 @@ def timeless(folder):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 def steps_saved(folder):
@@ -142,17 +151,17 @@ def test_tokens_and_seconds_count_from_the_beginning(tmp_path):
     run, state = new(tmp_path)
     advance(run, state, steps=4)
     again, _ = resume(tmp_path, make())
-    assert (again.tokens, again.seconds) == (run.tokens, run.seconds) == (4 * 5 * 8, pytest.approx(run.seconds))
-    assert again.seconds > 0
+    assert (again.log.tokens, again.log.seconds) == (4 * 5 * 8, pytest.approx(run.log.seconds))
+    assert again.log.seconds > 0
 
 
 def test_what_a_dead_process_did_after_its_checkpoint_is_forgotten(tmp_path):
     """Steps 5 to 7 were done and not saved; the last line and the last sample are incomplete."""
     run, state = new(tmp_path)
-    run.record_sample(1, "early\n=== not a step\n")
+    run.record_sample(1, "early\n=== step 9999\r\n")
     advance(run, state, steps=7, save_every=4)
     run.record_sample(7, "late")
-    samples, metrics = tmp_path / "samples.txt", tmp_path / "metrics.jsonl"
+    samples, metrics = tmp_path / "samples.jsonl", tmp_path / "metrics.jsonl"
     before = metrics.read_text().splitlines()
     metrics.write_text(metrics.read_text() + '{"step": 8, "tok')
     state = make()
@@ -160,7 +169,7 @@ def test_what_a_dead_process_did_after_its_checkpoint_is_forgotten(tmp_path):
     resume(tmp_path, state)
     assert state.step == 4
     assert metrics.read_text().splitlines() == before[:4]
-    assert samples.read_text() == "=== step 1\nearly\n=== not a step\n\n"
+    assert samples.read_text() == '{"step": 1, "text": "early\\n=== step 9999\\r\\n"}\n'
 
 
 @pytest.mark.parametrize("damage", [b"\xff\xfe", b"[1, 2]\n", b'{"stop": 3}\n', b"{}\n", b"3\n"])
@@ -198,15 +207,16 @@ def test_a_checkpoint_is_safetensors_and_json_with_gpt_2s_names(tmp_path):
         assert weights[name].dtype == np.float32
         assert (weights[name] == p).all()
     moments = load_file(path / "optimizer.safetensors")
-    assert set(moments) == {f"{kind}.{i}" for kind in ("exp_avg", "exp_avg_sq") for i in range(len(weights))}
+    assert set(moments) == {f"state.{i}.{kind}" for kind in ("exp_avg", "exp_avg_sq") for i in range(len(weights))}
 
     described = strict_json((path / "state.json").read_text())
     assert described["step"] == 6
     assert described["val_loss"] == described["best_val_loss"] == state.best_val_loss is not None
-    assert described["optimizer_steps"] == [6] * len(weights)
-    assert described["model"]["n_embd"] == 8
+    assert [entry["step"] for entry in described["optimizer"]["state"].values()] == [6] * len(weights)
+    assert described["model"]["class"] == "GPT"
+    assert described["model"]["config"]["n_embd"] == 8
     assert described["training"]["lr"] == 0.02
-    assert described["vocabulary"] == VOCABULARY.characters
+    assert described["tokenizer"] == {"kind": "characters", "characters": VOCABULARY.characters}
     assert described["random"] == list(random.state())
     assert {"scaler", "evaluations_since_best", "data", "tokens", "seconds", "format"} < set(described)
     for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
@@ -218,7 +228,7 @@ def test_a_line_of_metrics_holds_what_the_step_did(tmp_path):
     run = Run(tmp_path)
     step = Step(3, 2.5, 1e-3, 0.5, True, 64, 0.25, val_loss=2.75, loss_scale=1024.0)
     lines = run.record(step)
-    assert lines == read_metrics(tmp_path)
+    assert lines == list(read_metrics(tmp_path))
     assert lines == [
         {"step": 3, "tokens": 64, "loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "clipped": True, "loss_scale": 1024.0,
          "tokens_per_second": 256.0, "seconds": 0.25},
@@ -230,8 +240,8 @@ def test_a_line_of_metrics_holds_what_the_step_did(tmp_path):
 
 
 def test_metrics_that_cannot_be_read_say_so(tmp_path):
-    with pytest.raises(ValueError, match=r"metrics\.jsonl cannot be read: .*No such file"):
-        read_metrics(tmp_path)
+    with pytest.raises(ValueError, match=r"cannot read .*metrics.jsonl: No such file"):
+        list(read_metrics(tmp_path))
 
 
 def scored(run, *scores, **options):
@@ -261,7 +271,15 @@ def test_the_newest_and_the_best_are_kept(keep_last, scores, left, tmp_path):
 
 def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
     folder = tmp_path / "checkpoints"
-    for name in ("step-00000002", "step-123456789", "step-99999999", "step-12x", "step-", "other", ".step-00000001.7"):
+    for name in (
+        "step-00000002",
+        "step-123456789",
+        "step-99999999",
+        "step-12x",
+        "step-",
+        "other",
+        ".step-00000001.7.tinylm",
+    ):
         (folder / name).mkdir(parents=True)
     (folder / "step-00000003").write_text("a file")
     assert steps_saved(tmp_path) == [2, 99999999, 123456789]
@@ -303,9 +321,9 @@ CHANGES = {
     "heads": ({"sizes": {"n_head": 1}}, {}, "n_head was 2 and is 1"),  # fits the arrays, but computes something else
     "bias": ({"sizes": {"bias": False}}, {}, "bias was True and is False"),
     "vocabulary": (
-        {}, {"vocabulary": Vocabulary.of(OTHER_TEXT)}, "the vocabulary has changed (lost 'q', found 'é')"
+        {}, {"vocabulary": CharTokenizer.of(OTHER_TEXT)}, "the vocabulary has changed (lost 'q', found 'é')"
     ),
-    "order": ({}, {"vocabulary": Vocabulary(VOCABULARY.characters[::-1])}, "the vocabulary has changed"),
+    "order": ({}, {"vocabulary": CharTokenizer(VOCABULARY.characters[::-1])}, "the vocabulary has changed"),
     "data": ({}, {"data": fingerprint(TOKENS[::-1])}, "the data have changed"),
 }  # fmt: skip
 
@@ -327,7 +345,7 @@ def test_without_a_checkpoint_a_run_begins_at_its_beginning(tmp_path):
     _, told = resume(tmp_path, again)
     assert again.step == 0
     assert re.fullmatch(r"there is no checkpoint in \S+checkpoints yet: beginning at the first step", *told)
-    assert read_metrics(tmp_path) == []
+    assert list(read_metrics(tmp_path)) == []
 
 
 def test_a_new_run_takes_the_place_of_the_old_one(saved):
@@ -337,7 +355,7 @@ def test_a_new_run_takes_the_place_of_the_old_one(saved):
     (saved / "notes.txt").write_text("not ours")
     run.start({"lr": 1})
     assert run.config() == {"lr": 1}
-    assert contents(saved) == {"config.json": b'{\n  "lr": 1\n}\n', "notes.txt": b"not ours"}
+    assert sorted(contents(saved)) == ["config.json", "notes.txt"]
     assert steps_saved(saved) == []
 
 
@@ -352,7 +370,7 @@ def test_checkpoints_without_a_configuration_are_a_run_too(saved):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON: .*line 1"), ("[1]", "is not a run's"), ("\udcff", "is not JSON: .*utf-8")],
+    [("{", "is not JSON: .*line 1"), ("[1]", "is not the configuration of a run"), ("\udcff", "is not JSON: .*utf-8")],
 )
 def test_a_damaged_configuration_is_named(content, message, tmp_path):
     (tmp_path / "config.json").write_bytes(content.encode(errors="surrogateescape"))
@@ -419,6 +437,11 @@ def test_a_damaged_file_is_named_and_the_checkpoint_before_is_used(name, damage,
     run, told = resume(saved, state)
     assert state.step == 2
     assert len(told) == 2
+    if name == "state.json" and damage is DAMAGES["of another run"]:
+        assert told[0] == f"1 of the checkpoints in {path.parents[1]} are of another run, and are left alone"
+        left = {name: before[f"checkpoints/step-00000003/{name}"] for name in FILES}
+        assert contents(path.parent) == left
+        return
     assert told[0].startswith(f"{path.parent}/")
     if damage is DAMAGES["of an older step"] or damage is DAMAGES["of another run"]:
         assert "does not match its checksum" in told[0]
@@ -460,7 +483,7 @@ def test_any_flipped_bit_of_the_state_is_seen_or_means_nothing(saved):
     """JSON has several spellings of a value (1e-05 and 1E-05): a state that is accepted must equal the saved one."""
     (checkpoint,) = (c for c in Run(saved).checkpoints() if c.step == 3)
     path = checkpoint.path / "state.json"
-    good, state = path.read_bytes(), checkpoint.state()
+    good, state = path.read_bytes(), checkpoint.about()
     refused = 0
     rng = random.generator(2)
     for at in rng.choice(len(good) * 8, size=600, replace=False):
@@ -468,7 +491,7 @@ def test_any_flipped_bit_of_the_state_is_seen_or_means_nothing(saved):
         bad[at // 8] ^= 1 << at % 8
         path.write_bytes(bad)
         try:
-            assert checkpoint.state() == state
+            assert checkpoint.about() == state
         except DamagedError:
             refused += 1
     assert refused > 500
@@ -479,18 +502,20 @@ def test_a_later_format_is_refused(saved):
     described = json.loads(path.read_text())
     described["format"] += 1
     del described["sha256"]["state.json"]
-    described["sha256"]["state.json"] = tinylm.runs._checksum(described)
+    described["sha256"]["state.json"] = _checksum(described)
     path.write_text(json.dumps(described))
     _, told = resume(saved, make())
-    assert "has format 3, and this tinylm reads (1, 2)" in told[0]
+    assert "has format 4, and this tinylm reads (1, 2, 3)" in told[0]
 
 
 def test_the_weights_of_an_earlier_format_load_but_its_run_does_not_resume(saved):
     path = saved / "checkpoints" / "step-00000003" / "state.json"
     described = json.loads(path.read_text())
     described["format"] = 1
+    described["model"] = described["model"]["config"]
+    described["vocabulary"] = described.pop("tokenizer")["characters"]
     del described["sha256"]["state.json"]
-    described["sha256"]["state.json"] = tinylm.runs._checksum(described)
+    described["sha256"]["state.json"] = _checksum(described)
     path.write_text(json.dumps(described))
     before = {file: file.read_bytes() for file in saved.rglob("*") if file.is_file()}
     with pytest.raises(ValueError, match="cannot resume: the run was saved by an earlier version of tinylm") as error:
@@ -517,15 +542,15 @@ def test_where_all_is_damaged_it_says_so_and_deletes_nothing(saved):
 
 
 def test_what_a_killed_process_left_aside_is_swept(saved):
-    aside = saved / "checkpoints" / ".step-00000003.99"
+    aside = saved / "checkpoints" / ".step-00000003.99xy.tinylm"
     aside.mkdir()
     (aside / "model.safetensors").write_bytes(b"half")
-    (saved / ".metrics.jsonl.99").write_bytes(b"half")
+    (saved / ".metrics.jsonl.99xy.tinylm").write_bytes(b"half")
     state = make()
     run, told = resume(saved, state)
     assert len(told) == 1
     save(run, state)
-    assert sorted(path.name for path in saved.rglob(".*")) == []
+    assert [path.name for path in saved.rglob(".*")] == [".lock"]
 
 
 # --- the disk -----------------------------------------------------------------------------------------------------
@@ -544,6 +569,7 @@ def watched(monkeypatch, fail_at=None):
 
     class File:
         def __init__(self, path, *args, **kwargs):
+            path = opened.get(path, path)  # mkstemp opened it
             call("open", path)
             self.file, self.path = open(path, *args, **kwargs), path  # noqa: SIM115
             opened[self.file.fileno()] = path
@@ -573,7 +599,7 @@ def watched(monkeypatch, fail_at=None):
         return lambda *args, **kwargs: (call(what, path_of(args[0])), real[what](*args, **kwargs))[1]
 
     with monkeypatch.context() as patch:
-        for module in (tinylm.runs, tinylm.files):
+        for module in (metrics, files):
             patch.setattr(module, "open", File, raising=False)
         patch.setattr(os, "open", os_open)
         patch.setattr(os, "fsync", wrap("fsync", opened.get))
@@ -589,11 +615,11 @@ def test_a_checkpoint_is_flushed_before_it_gets_its_name_and_its_name_after(save
     run.record(step)
     run.record_sample(4, "text")
     with watched(monkeypatch) as calls:
-        save(run, state)
-    aside = f".step-{state.step:08}.{os.getpid()}"
-    assert calls == [
+        save(run, state, keep_last=9)
+    aside = f".step-{state.step:08}.*"
+    assert [(what, re.sub(r"\.\w{8}\.tinylm$", ".*", name)) for what, name in calls] == [
         ("fsync", "metrics.jsonl"),
-        ("fsync", "samples.txt"),
+        ("fsync", "samples.jsonl"),
         ("mkdir", aside),
         *[(what, name) for name in FILES for what in ("open", "write", "fsync")],
         ("fsync", aside),
@@ -605,8 +631,9 @@ def test_a_checkpoint_is_flushed_before_it_gets_its_name_and_its_name_after(save
 def test_metrics_and_configuration_are_replaced_whole_and_flushed(saved, monkeypatch):
     with watched(monkeypatch) as calls:
         Run(saved).write_config({"lr": 1})
-    aside = f".config.json.{os.getpid()}"
-    assert calls == [("open", aside), ("write", aside), ("fsync", aside), ("fsync", "run")]
+    (what, aside), *rest = calls
+    assert (what, aside.startswith(".config.json."), aside.endswith(".tinylm")) == ("open", True, True)
+    assert rest == [("write", aside), ("fsync", aside), ("fsync", "run")]
 
 
 CALLS = 15  # to the disk, by a save
@@ -621,7 +648,7 @@ def test_a_full_disk_leaves_the_older_checkpoints_as_they_were(call, saved, monk
     train_on = train(state, TRAIN, VAL)
     next(train_on)
     with watched(monkeypatch, fail_at=call) as calls, pytest.raises(OSError, match="No space left"):
-        save(run, state, keep_last=3)
+        save(run, state, keep_last=9)
     assert len(calls) == call + 1
     now = contents(saved / "checkpoints")
     assert {name: now.get(name) for name in older} == older
@@ -641,7 +668,7 @@ def test_a_save_makes_no_other_calls(saved, monkeypatch):
     run, _ = resume(saved, state)
     with watched(monkeypatch) as calls:
         state.step += 1
-        save(run, state)
+        save(run, state, keep_last=9)
     assert len(calls) == CALLS
 
 
@@ -661,7 +688,9 @@ def test_metrics_wait_for_a_disk_with_room(tmp_path, monkeypatch):
         assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
     run.record(Step(21, 1.0, 1.0, 1.0, False, 1, 1.0))
     assert [line["step"] for line in read_metrics(tmp_path) if "loss" in line] == list(range(1, 22))
-    assert (tmp_path / "samples.txt").read_text() == "".join(f"=== step {n}\na text\n" for n in range(1, 21, 3))
+    assert (tmp_path / "samples.jsonl").read_text() == "".join(
+        f'{{"step": {n}, "text": "a text"}}\n' for n in range(1, 21, 3)
+    )
 
 
 # --- a model that is no longer finite -----------------------------------------------------------------------------
@@ -675,14 +704,13 @@ def weight(value):
 
 
 def moment(state):
-    state.optimizer.arrays()["exp_avg_sq.3"][...] = np.inf
+    state.optimizer.state_dict()["state"][3]["exp_avg_sq"][...] = np.inf
 
 
 BAD = {
     "a weight is NaN": (weight(np.nan), r"transformer\.h\.0\.mlp\.c_fc\.weight is not finite"),
     "a weight is infinite": (weight(-np.inf), r"transformer\.h\.0\.mlp\.c_fc\.weight is not finite"),
-    "a moment is infinite": (moment, r"exp_avg_sq\.3 is not finite"),
-    "a weight is huge": (weight(3e38), r"it began in the output of \w+\("),
+    "a moment is infinite": (moment, r"state\.3\.exp_avg_sq is not finite"),
 }
 
 
@@ -697,11 +725,11 @@ def test_a_bad_state_takes_the_place_of_no_good_one(spoil, message, saved):
     good = re.escape(str(saved / "checkpoints" / "step-00000003"))
     with (
         pytest.raises(FloatingPointError, match=rf"^step 4: .*; {message}.*; the last good checkpoint is {good}$"),
-        run.telling_last_good(state),
+        run.keeping(state, lambda: save(run, state)),
     ):
         save(run, state, keep_last=1)
     # The checkpoints are as they were; the metrics say what happened.
-    metrics = read_metrics(saved)
+    metrics = list(read_metrics(saved))
     assert metrics.pop() == {"step": state.step + 1, "loss": None, "grad_norm": None}
     (saved / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
     assert contents(saved) == before
@@ -722,7 +750,7 @@ def test_saving_changes_nothing_in_the_run(tmp_path):
 def test_without_a_checkpoint_a_bad_run_says_there_is_none(tmp_path):
     with (
         pytest.raises(FloatingPointError, match=r"^the loss; there is no checkpoint yet$"),
-        Run(tmp_path).telling_last_good(TrainState(make().model, TrainConfig())),
+        Run(tmp_path).keeping(TrainState(make().model, TrainConfig()), lambda: None),
     ):
         raise FloatingPointError("the loss")
 
@@ -761,7 +789,7 @@ def test_patience_survives_a_resume(tmp_path, monkeypatch):
 
 def told_changes(capsys, step, **changes):
     before = {"steps": 20, "lr": 0.02, "warmup": 3, "min_lr": 0.0, "device": "cpu"}
-    cli.tell_changes(before, {**before, **changes}, step)
+    tell_changes(before, {**before, **changes}, step)
     return capsys.readouterr().out.splitlines()
 
 

@@ -20,7 +20,8 @@ from tinylm import GPTConfig, cli
 from tinylm.data import language_reference, read_text, split
 from tinylm.files import writable_folder, write_whole
 from tinylm.parallel import available_cores
-from tinylm.plots import loss_curve, smooth
+from tinylm.runs.plots import loss_curve, smooth
+from tinylm.runs.progress import Smooth
 from tinylm.training import TrainConfig
 
 PROGRAM = Path(__file__).parents[1] / "examples" / "train_char.py"
@@ -384,7 +385,7 @@ def test_smooth_is_the_mean_of_the_neighbourhood():
 
 
 def test_the_running_average_is_unbiased_from_the_start():
-    average = cli.Smooth(beta=0.9)
+    average = Smooth(beta=0.9)
     assert average.add(4.0) == pytest.approx(4.0)
     assert average.add(1.0) == pytest.approx((0.9 * 4 + 1) / 1.9)
 

@@ -10,12 +10,12 @@ from helpers import assert_close
 from torch_gpt import from_tinylm
 
 from tinylm import GPT, GPTConfig, Op, override, random
-from tinylm.data import Vocabulary, get_batch
+from tinylm.data import CharTokenizer, get_batch
 from tinylm.optim import adamw, clip_grad_norm_, warmup_cosine
 from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 TEXT = "the quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs. " * 12
-VOCABULARY = Vocabulary.of(TEXT)
+VOCABULARY = CharTokenizer.of(TEXT)
 TOKENS = VOCABULARY.encode(TEXT)
 SMALL = {"block_size": 8, "n_layer": 1, "n_head": 2, "n_embd": 8}
 
@@ -29,7 +29,7 @@ GOLDEN_VAL_LOSS = 2.054275
 
 def make(dtype=np.float32, seed=0, **sizes):
     random.seed(seed)
-    model = GPT(GPTConfig(len(VOCABULARY), **{**SMALL, **sizes}))
+    model = GPT(GPTConfig(VOCABULARY.vocab_size, **{**SMALL, **sizes}))
     for p in model.parameters():
         p.data = p.data.astype(dtype)
     return model
@@ -93,7 +93,7 @@ def test_what_a_step_reports():
     assert {s.tokens for s in steps} == {64}
     assert all(s.seconds > 0 and s.grad_norm > 0 for s in steps)
     assert [s.step for s in steps if s.val_loss is not None] == [3, 6, 7]
-    assert steps[-1].val_loss == evaluate(model, TOKENS[:50], 8)  # after the update
+    assert steps[-1].val_loss == evaluate(model, TOKENS[:50], 8, model.config.block_size)  # after the update
 
 
 def test_without_eval_every_it_evaluates_at_the_end_alone():
@@ -227,7 +227,7 @@ def test_every_device_trains_alike(device):
 
 
 def test_it_learns_to_say_abc():
-    vocabulary = Vocabulary("abc")
+    vocabulary = CharTokenizer("abc")
     tokens = vocabulary.encode("abc" * 40)
     random.seed(0)
     model = GPT(GPTConfig(3, **SMALL))
@@ -313,7 +313,7 @@ def test_evaluate_is_the_mean_over_every_token(length):
     tokens = TOKENS[7 : 7 + length]
     expected = naive_loss(model, tokens)
     for batch_size in (1, 3, 100):
-        assert math.isclose(evaluate(model, tokens, batch_size), expected, rel_tol=1e-10)
+        assert math.isclose(evaluate(model, tokens, batch_size, model.config.block_size), expected, rel_tol=1e-10)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -322,26 +322,26 @@ def test_evaluate_runs_in_evaluation_mode_records_nothing_and_puts_the_mode_back
     model.train(training)
     losses, loss = [], model.loss
     model.loss = lambda x, y: losses.append(loss(x, y)) or losses[-1]
-    assert evaluate(model, TOKENS[:50], 2) == evaluate(plain, TOKENS[:50], 2)
+    assert evaluate(model, TOKENS[:50], 2, 8) == evaluate(plain, TOKENS[:50], 2, 8)
     assert {m.training for m in model.modules()} == {training}
     assert len(losses) == 4  # three batches of two blocks, and the ragged rest
     assert not any(x.requires_grad for x in losses)
     assert all(p.grad is None for p in model.parameters())
     with pytest.raises(IndexError):
-        evaluate(model, np.full(20, 999), 2)
+        evaluate(model, np.full(20, 999), 2, 8)
     assert {m.training for m in model.modules()} == {training}  # also after an error
 
 
 @pytest.mark.parametrize("length", [0, 1])
 def test_evaluate_needs_two_tokens(length):
     with pytest.raises(ValueError, match=f"{length} tokens are too few"):
-        evaluate(make(), TOKENS[:length], 2)
+        evaluate(make(), TOKENS[:length], 2, 8)
 
 
 def test_evaluate_reads_tokens_from_a_file(tmp_path):
     TOKENS.tofile(tmp_path / "tokens.bin")
     tokens = np.memmap(tmp_path / "tokens.bin", TOKENS.dtype, "r")
-    assert evaluate(make(), tokens[:50], 2) == evaluate(make(), TOKENS[:50], 2)
+    assert evaluate(make(), tokens[:50], 2, 8) == evaluate(make(), TOKENS[:50], 2, 8)
 
 
 # --- TrainConfig --------------------------------------------------------------------------------------------------

@@ -1,19 +1,15 @@
-"""Shared by the command-line programs: flags from a dataclass, one-line errors, progress of a run."""
+"""Shared by the command-line programs: flags from a dataclass, one-line errors, signals, a screen that may vanish."""
 
 import argparse
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields
-from time import perf_counter
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
-
-from .optim import warmup_cosine
-from .training import Step
 
 Config = TypeVar("Config")
 
@@ -81,16 +77,19 @@ def at_least(low: float, kind: Callable[[str], Any] = int) -> Callable[[str], An
 def run(main: Callable[[], None]) -> NoReturn:
     """Run a program, and exit as a shell expects: one line that says what stopped it, and a status.
 
-    0: done; 1: failed while running; 2: a mistake in the arguments (see Parser); 130: Ctrl-C.
+    0: done; 1: failed while running, or its output could not be written; 2: a mistake in the arguments (see Parser);
+    129, 130, 143: stopped by SIGHUP, Ctrl-C, SIGTERM.
     """
     program = os.path.basename(sys.argv[0])
     np.seterr(over="ignore", invalid="ignore")  # the training loop checks for non-finite values itself
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may lack characters of the text
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell (>&-)
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="replace")  # a terminal may lack characters of the text
     try:
         main()
         sys.stdout.flush()
-        sys.exit(0)
+        message, status = "", 0
     except Stopped as stop:
         message, status = f"stopped {stop}", stop.status
     except KeyboardInterrupt as stop:
@@ -100,12 +99,58 @@ def run(main: Callable[[], None]) -> NoReturn:
     except MemoryError as error:
         message, status = f"error: out of memory: {error}", 1
     except BrokenPipeError:  # the reader of our output has gone (| head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        message, status = "", 1
     except OSError as error:
         message, status = f"error: {error}", 1
-    print(f"{program}: {message}", file=sys.stderr)
+    with suppress(OSError):
+        if message:
+            print(f"{program}: {message}", file=sys.stderr, flush=True)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # otherwise Python would complain about it at its end
+            discard(stream)
     sys.exit(status)
+
+
+def discard(stream: Any) -> None:
+    """Send what is still written to an output stream to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Screen:
+    """Inside, training goes on even if its output can no longer be written: the terminal was closed, the disk is full.
+
+    The block then ends with the OSError.
+    """
+
+    def __enter__(self) -> "Screen":
+        self.stream, self.error = sys.stdout, None
+        sys.stdout = self  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.flush()
+        sys.stdout = self.stream
+        if self.error is not None and kind is None:
+            raise self.error
+
+    def write(self, text: str) -> int:
+        self._try(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self.stream.flush)
+
+    def _try(self, act: Callable[[], Any]) -> None:
+        try:
+            act()
+        except OSError as error:
+            self.error: OSError | None = self.error or error
+            discard(self.stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class Stopped(Exception):
@@ -117,16 +162,20 @@ class Stopped(Exception):
 
 
 class Stop:
-    """Inside, Ctrl-C and SIGTERM only set `stop.signal` to the signal's number (0 before); the program must check it.
+    """Inside, Ctrl-C, SIGTERM and SIGHUP only set `stop.signal` to the signal's number (0 before).
 
-    So a step is never interrupted in the middle. A second Ctrl-C interrupts at once.
+    The program must check it after each step, so that a step is never interrupted in the middle. A second Ctrl-C
+    interrupts at once. A SIGHUP that is ignored (nohup) stays ignored.
     """
 
     def __init__(self) -> None:
         self.signal = 0
 
     def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._asked) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._before = {number: signal.signal(number, self._asked) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -134,129 +183,9 @@ class Stop:
             signal.signal(number, handler)
 
     def _asked(self, number: int, _: object) -> None:
-        if self.signal:
+        if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
-
-
-def tell_changes(before: dict[str, Any], now: dict[str, Any], step: int) -> None:
-    """Print which settings of a resumed run differ from those until `step`, and the effect on its schedule."""
-    for name, value in now.items():
-        if name in before and before[name] != value and name != "steps":
-            print(f"note: {name} was {before[name]} and is {value} from here on")
-    if step >= now["steps"]:
-        print(f"note: the run has had its {now['steps']} steps; give more --steps to go on")
-    elif before.get("steps") not in (None, now["steps"]):
-        at = [
-            warmup_cosine(step, config["steps"], config["lr"], config["warmup"], config["min_lr"])
-            for config in ({**now, **before}, now)
-        ]
-        print(
-            f"note: the run was to end after {before['steps']} steps and now ends after {now['steps']}; the cosine is "
-            f"stretched to it, and the learning rate goes on at {at[1]:.2e} instead of {at[0]:.2e}"
-        )
-
-
-class Smooth:
-    """An exponential moving average over about 1 / (1 - beta) values, with bias correction."""
-
-    def __init__(self, beta: float = 0.98):
-        self.beta = beta
-        self.total = self.weight = 0.0
-
-    def add(self, value: float) -> float:
-        """The average up to and including `value`."""
-        self.total = self.beta * self.total + (1 - self.beta) * value
-        self.weight = self.beta * self.weight + (1 - self.beta)
-        return self.total / self.weight
-
-
-class Progress:
-    """Shows a training run: one live line on a terminal, a plain line every few seconds elsewhere.
-
-    with Progress(steps) as progress:
-        for step in train(...):
-            progress.show(step)
-
-    Ctrl-C inside raises a KeyboardInterrupt that says how far the run had come.
-    """
-
-    def __init__(self, steps: int, done: int = 0):
-        from rich.console import Console
-        from rich.live import Live
-
-        self.steps = steps
-        self.done = done  # before this process began
-        self.console = Console(highlight=False, markup=False)
-        self.live = Live(console=self.console, auto_refresh=False, transient=True)
-        self.period = 0.1 if self.console.is_interactive else 5.0  # seconds between two lines
-        self.loss, self.seconds = Smooth(), Smooth()
-        self.stands, self.validated = "before the first step", ""
-        self.started = perf_counter()
-        self.due = 0.0
-        self.troubles: set[str] = set()
-
-    def __enter__(self) -> "Progress":
-        if self.console.is_interactive:
-            self.live.start()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.live.stop()
-        if kind is KeyboardInterrupt:
-            raise KeyboardInterrupt(self.stands) from None
-
-    def show(self, step: Step) -> None:
-        """Show a finished step."""
-        now = perf_counter()
-        at = f"{step.step:{len(str(self.steps))}}/{self.steps}"
-        loss = f"loss {step.loss:.3f} smoothed {self.loss.add(step.loss):.3f}"
-        speed = step.tokens / self.seconds.add(step.seconds)
-        left = clock((now - self.started) / (step.step - self.done) * (self.steps - step.step))
-        line = f"{at} {loss} lr {step.lr:.1e} norm {step.grad_norm:.2f} {speed:,.0f} tok/s {left} left"
-        if step.val_loss is not None:
-            self.validated = f", validation loss {step.val_loss:.3f} at step {step.step}"
-        self.stands = f"after step {step.step} of {self.steps}: {loss}{self.validated}"
-
-        if not self.console.is_interactive:
-            if step.val_loss is not None or step.step == self.done + 1 or now >= self.due:
-                print(line if step.val_loss is None else f"{line} validation loss {step.val_loss:.3f}", flush=True)
-                self.due = now + self.period
-            return
-        if step.val_loss is not None:
-            self.console.print(f"{at} {loss} validation loss {step.val_loss:.3f}")
-        if now >= self.due:
-            self.live.update(self._with_bar(line, step.step), refresh=True)
-            self.due = now + self.period
-
-    def say(self, message: str) -> None:
-        """Print a separate line."""
-        self.console.print(message, soft_wrap=True)
-
-    @contextmanager
-    def disk_trouble(self, what: str) -> Iterator[None]:
-        """Inside, an OSError (a full disk) is reported once, and the run continues: what was saved before is kept."""
-        try:
-            yield
-            self.troubles.discard(what)
-        except OSError as error:
-            if what not in self.troubles:
-                self.say(f"warning: {what} could not be saved ({error.strerror}); the checkpoints before are intact")
-            self.troubles.add(what)
-
-    def _with_bar(self, line: str, step: int) -> Any:
-        """The line, and a bar where there is room for one beside it."""
-        from rich.progress_bar import ProgressBar
-        from rich.table import Table
-        from rich.text import Text
-
-        if self.console.width < len(line) + 10:
-            return Text(line, no_wrap=True, overflow="ellipsis")
-        row = Table.grid(expand=True, padding=(0, 1))
-        row.add_column(no_wrap=True)
-        row.add_column(ratio=1)
-        row.add_row(line, ProgressBar(self.steps, step))
-        return row
+        self.signal = self.signal or number
 
 
 def clock(seconds: float) -> str:

@@ -1,11 +1,17 @@
-"""Output folders and files that appear whole or not at all."""
+"""Output folders and files that appear whole or not at all.
+
+A file or folder is written aside, under a hidden name that cannot be guessed and ends in `.tinylm`, and then renamed.
+"""
 
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
+
+ASIDE = ".tinylm"
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -30,16 +36,58 @@ def write_whole(path: Path, content: bytes | str) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write into. It replaces `path` when the block ends, and is deleted if the block fails."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor, aside = tempfile.mkstemp(ASIDE, f".{path.name}.", path.parent)
     try:
-        with open(aside, "wb") as file:
+        with open(descriptor, "wb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())  # otherwise a power cut may leave an empty file under the new name
+            os.fsync(descriptor)  # otherwise a power cut may leave an empty file under the new name
+            os.fchmod(descriptor, 0o666 & ~_umask())  # mkstemp made it readable by its owner alone
         os.replace(aside, path)
         sync(path.parent)
     finally:
-        aside.unlink(missing_ok=True)
+        Path(aside).unlink(missing_ok=True)
+
+
+def write_folder(path: Path, content: dict[str, bytes]) -> None:
+    """Write a folder of files whole or not at all; it takes the place of a folder `path` that was there."""
+    if not path.parent.exists():
+        path.parent.mkdir(parents=True)
+    aside = Path(tempfile.mkdtemp(ASIDE, f".{path.name}.", path.parent))
+    try:
+        aside.chmod(0o777 & ~_umask())
+        for name, bytes_ in content.items():
+            with open(aside / name, "wb") as file:
+                file.write(bytes_)
+                file.flush()
+                os.fsync(file.fileno())
+        sync(aside)
+        if path.exists():
+            remove_folder(path, content)
+        aside.rename(path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_folder(path: Path, names: Iterable[str]) -> None:
+    """Remove the folder `path` of the files `names`; if it holds anything else, only these files."""
+    if {each.name for each in path.iterdir()} <= set(names):
+        # First renamed, so that a process killed here does not leave half of it under its name.
+        shutil.rmtree(path.rename(tempfile.mkdtemp(ASIDE, f".{path.name}.", path.parent)))
+    else:
+        for name in names:
+            (path / name).unlink(missing_ok=True)
+
+
+def sweep(folder: Path, *names: str) -> None:
+    """Remove what a killed process left written aside for the files or folders `names` (glob patterns)."""
+    for name in names:
+        for path in folder.glob(f".{name}.*{ASIDE}"):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -49,3 +97,9 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

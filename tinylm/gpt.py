@@ -182,6 +182,10 @@ class GPT(Module):
         """Logits (B, T, V); those at position t depend on the tokens up to and including t."""
         return ops.linear(self.hidden(ids), self.transformer.wte.weight)
 
+    def next_logits(self, ids: Tensor | Array, cache: list[KeyValues] | None = None) -> Tensor:
+        """Logits (B, V) of the token after `ids`, which follow those in the cache: what `generate` asks for."""
+        return ops.linear(self.hidden(ids, cache)[:, -1], self.transformer.wte.weight)
+
     def loss(self, ids: Tensor | Array, targets: Tensor | Array) -> Tensor:
         """Mean cross-entropy, in nats a token, of targets (B, T) given ids (B, T)."""
         return ops.linear_cross_entropy(self.hidden(ids), self.transformer.wte.weight, targets)

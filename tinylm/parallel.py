@@ -11,6 +11,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
+from itertools import zip_longest
 from queue import SimpleQueue
 from typing import Any, Protocol, TypeVar
 
@@ -22,41 +23,56 @@ from .nn import Module
 Result = TypeVar("Result")
 
 
-class Reducer(Protocol):
-    """How gradients are added up over the workers: here threads, elsewhere perhaps processes or machines."""
+class Group(Protocol):
+    """Processes that train one model together, each on its own copy: perhaps on several machines."""
 
-    def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
-        """parts[r] are the arrays of this process's worker r, None for zeros; returns their sums, in parts[0]'s memory.
+    rank: int  # of this process, from 0
+    size: int  # number of processes
 
-        They are added in the order of the workers, so that the sums are bit for bit equal on every run. It is also
-        called if this process has only one worker.
+    def sum_(self, arrays: list[Array | None]) -> list[Array | None]:
+        """The sums over all processes of their `arrays` (None for zeros), which it may overwrite.
+
+        Every process gets the same sums, bit for bit, and the same on every run; see `tree_sum`.
         """
 
 
-class Workers:
-    """`size` threads that work on one model. As a context manager it limits BLAS to one thread each, then restores it.
+class Alone:
+    """The group of a single process."""
 
-    A single worker runs in the calling thread, on the model itself, with BLAS unchanged. Every worker runs in a copy of
-    the caller's context: it has the caller's settings and randomness, and changes neither.
+    rank, size = 0, 1
+
+    def sum_(self, arrays: list[Array | None]) -> list[Array | None]:
+        return arrays
+
+
+class Workers:
+    """Threads that work on one model. As a context manager it limits BLAS to one thread each, then restores it.
+
+    A single one runs in the calling thread, on the model itself, with BLAS unchanged. Each runs in a copy of the
+    caller's context: it has the caller's settings and randomness, and changes neither. With a `group` there are as many
+    in each of its processes, `size` in all; a `rank` here counts the threads of this process from 0.
     """
 
-    def __init__(self, model: Module, size: int):
-        if size < 1:
-            raise ValueError(f"threads must be at least 1, not {size}")
-        self.size = size
+    def __init__(self, model: Module, threads: int, group: Group | None = None):
+        if threads < 1:
+            raise ValueError(f"threads must be at least 1, not {threads}")
+        self.threads = threads
+        self.group = group or Alone()
+        self.size = threads * self.group.size
         self.model = model
-        self.reducer: Reducer = self
         self._replicate()
 
     def _replicate(self) -> None:
-        self.models: list[Any] = [replica(self.model) for _ in range(self.size)] if self.size > 1 else [self.model]
+        self.models: list[Any] = (
+            [replica(self.model) for _ in range(self.threads)] if self.threads > 1 else [self.model]
+        )
         self.parameters = [list(each.parameters()) for each in self.models]
 
     def __enter__(self) -> "Workers":
         if self.size > 1:
             from threadpoolctl import threadpool_limits
 
-            self._threads = [_Thread() for _ in range(self.size)]
+            self._threads = [_Thread() for _ in range(self.threads if self.threads > 1 else 0)]
             self._limits = threadpool_limits(1, "blas")
         return self
 
@@ -72,7 +88,7 @@ class Workers:
         An exception in a worker is raised here after all have ended. Ctrl-C does not wait: the threads finish on old
         replicas, whose gradients are never read.
         """
-        if self.size == 1:
+        if self.threads == 1:
             return [contextvars.copy_context().run(work, 0)]
         for p, *copies in zip(self.model.parameters(), *self.parameters, strict=True):
             for copied in copies:
@@ -84,45 +100,71 @@ class Workers:
         except BaseException:
             for thread in self._threads:
                 thread.jobs.put(None)
-            self._threads = [_Thread() for _ in range(self.size)]
+            self._threads = [_Thread() for _ in range(self.threads)]
             self._replicate()
             raise
         return [future.result() for future in futures]
 
     def gradient(self, work: Callable[[int, Any], Result]) -> list[Result]:
         """[work(rank, model), ...]. Each call adds to its replica's gradients; their sums are added to the model's."""
-        if self.size > 1:
-            for model in self.models:
-                model.zero_grad()
-        models = self.models
-        results = self.run(lambda rank: work(rank, models[rank]))
-        with np.errstate(over="ignore", invalid="ignore"):  # the caller checks the gradients for non-finite values
-            sums = self.reducer.sum_([[p.grad for p in own] for own in self.parameters])
-            for p, grad in zip(self.model.parameters(), sums, strict=True):
-                if self.size == 1 or p.grad is None:
-                    p.grad = grad
-                elif grad is not None:
-                    p.grad = p.grad + grad
+        before = [p.grad for p in self.model.parameters()]
+        sums: list[Array | None] = [None] * len(before)
+        models = self.models  # those of now: after a Ctrl-C, threads may go on with them
+        for model in models:
+            model.zero_grad()
+        try:
+            results = self.run(lambda rank: work(rank, models[rank]))
+            with np.errstate(over="ignore", invalid="ignore"):  # the caller checks the gradients for non-finite values
+                sums = self.group.sum_(self._sums([[p.grad for p in own] for own in self.parameters]))
+        finally:
+            for p, old, new in zip(self.model.parameters(), before, sums, strict=True):
+                p.grad = new if old is None else old if new is None else old + new
         return results
 
-    def sum_(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
-        """Each thread adds up a share of the arrays."""
+    def _sums(self, parts: Sequence[list[Array | None]]) -> list[Array | None]:
+        """The sums of the threads' arrays, in the memory of the first; each thread adds up a share of them."""
+        if self.threads == 1:
+            return parts[0]
         sums: list[Any] = [None] * len(parts[0])
 
         def add(rank: int) -> None:
-            for i in range(rank, len(sums), self.size):
-                for part in parts:
-                    if sums[i] is None:
-                        sums[i] = part[i]
-                    elif part[i] is not None:
-                        sums[i] += part[i]
+            for i in range(rank, len(sums), self.threads):
+                sums[i] = tree_sum([part[i] for part in parts])
 
         self.run(add)
         return sums
 
     def share(self, n: int, rank: int) -> slice:
-        """The slice of `n` items for worker `rank`: consecutive, of nearly equal size."""
-        return slice(n * rank // self.size, n * (rank + 1) // self.size)
+        """The slice of `n` items for thread `rank`: consecutive, of nearly equal size."""
+        worker = self.group.rank * self.threads + rank
+        return slice(n * worker // self.size, n * (worker + 1) // self.size)
+
+    def gather(self, parts: Sequence[Sequence[float]], n: int) -> list[float]:
+        """`n` numbers, of which each thread `rank` of each process has those of `share(n, rank)`: `parts[rank]`."""
+        numbers = np.zeros(n)
+        for rank, part in enumerate(parts):
+            numbers[self.share(n, rank)] = part
+        (gathered,) = self.group.sum_([numbers])
+        assert gathered is not None
+        return gathered.tolist()
+
+
+def tree_sum(arrays: Sequence[Array | None]) -> Array | None:
+    """The sum of arrays (None for zeros), which it overwrites: (0 + 1) + (2 + 3) and so on; an odd one passes up.
+
+    A group that adds up along the same tree gives the same bits however many threads each of its processes has, if that
+    is a power of two.
+    """
+    while len(arrays) > 1:
+        arrays = [_plus(a, b) for a, b in zip_longest(arrays[::2], arrays[1::2])]
+    return arrays[0]
+
+
+def _plus(a: Any, b: Any) -> Any:
+    if a is None or b is None:
+        return b if a is None else a
+    a += b
+    return a
 
 
 class _Thread(threading.Thread):

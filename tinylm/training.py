@@ -1,10 +1,10 @@
 """The training loop, to be read from top to bottom."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from time import perf_counter
+from typing import Any
 
 import numpy as np
 
@@ -12,9 +12,9 @@ from . import random
 from .array import all_finite, to_device
 from .autograd import detect_anomaly, no_grad
 from .data import get_batch
-from .gpt import GPT
-from .optim import AdamW, clip, decay_groups, warmup_cosine
-from .parallel import Workers
+from .nn import Module
+from .optim import AdamW, Optimizer, clip, decay_groups, warmup_cosine
+from .parallel import Group, Workers
 from .precision import GradScaler, autocast
 
 
@@ -24,6 +24,7 @@ class TrainConfig:
 
     steps: int = 2000
     batch_size: int = 12  # sequences a step
+    block_size: int = 0  # tokens a sequence; 0: the model's own, model.config.block_size
     accumulate: int = 1  # micro-batches that a step's batch is split into: less memory, the same gradient
     lr: float = 6e-3
     min_lr: float = 0.0
@@ -41,9 +42,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "accumulate", "threads"):
-            if getattr(self, name) < 1:
+            if not 1 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("lr", "min_lr", "warmup", "weight_decay", "clip", "eval_every", "early_stop", "seed"):
+        sizes = ("block_size", "warmup", "eval_every", "early_stop", "seed")
+        for name in ("lr", "min_lr", "weight_decay", "clip", *sizes):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be a finite number and not negative, not {getattr(self, name)}")
         for name in ("beta1", "beta2"):
@@ -75,34 +77,88 @@ class Step:
 class TrainState:
     """All that a run needs to continue: the content of a checkpoint."""
 
-    def __init__(self, model: GPT, config: TrainConfig):
+    def __init__(
+        self,
+        model: Module,
+        config: TrainConfig,
+        optimizer: Optimizer | None = None,
+        schedule: Callable[[int], float] | None = None,
+    ):
+        """`model` is any Module with `loss(x, y)`, the mean loss of targets y (B, T) given token ids x (B, T).
+
+        `optimizer` is AdamW over the model's parameters by default; `schedule`, the learning rate of a step (counted
+        from 0), a warmup and a cosine. Raises ValueError if neither the config nor the model has a block size.
+        """
         self.model = model
         self.config = config
-        self.optimizer = AdamW(decay_groups(model, config.weight_decay), config.lr, (config.beta1, config.beta2))
+        self.optimizer = optimizer or AdamW(
+            decay_groups(model, config.weight_decay), config.lr, (config.beta1, config.beta2)
+        )
+        self.schedule = schedule or (
+            lambda step: warmup_cosine(step, config.steps, config.lr, config.warmup, config.min_lr)
+        )
+        self.block_size = config.block_size or getattr(getattr(model, "config", None), "block_size", 0)
+        if not self.block_size:
+            raise ValueError(
+                f"how long is a sequence? {type(model).__name__} does not say: TrainConfig(block_size=...)"
+            )
         self.scaler = GradScaler(enabled=config.dtype == "float16")
         self.step = 0  # steps done
         self.val_loss: float | None = None  # where the last step ended with an evaluation
         self.best_val_loss: float | None = None
         self.evaluations_since_best = 0
+        self.pending: Step | None = None  # the last step, while its evaluation is still to be done
+        self.sound = True  # False from the beginning of an update to its end, and once something was not finite
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done, or `early_stop` evaluations in a row brought no new best."""
         return self.step >= self.config.steps or 0 < self.config.early_stop <= self.evaluations_since_best
 
+    def state_dict(self) -> dict[str, Any]:
+        """All of it: the live arrays of the model and the optimizer, numbers, and the state of `tinylm.random`."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random.state(),
+            "training": asdict(self.config),
+            "pending": None if self.pending is None else asdict(self.pending),
+            **{name: getattr(self, name) for name in _COUNTS},
+        }
 
-def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -> Iterator[Step]:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over what `state_dict` returned, but not the config: a run may go on with another learning rate."""
+        self.model.load_state_dict(state["model"])
+        groups = self.optimizer.state_dict()["param_groups"]  # their settings come from the config
+        self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.scaler.load_state_dict(state["scaler"])
+        random.seed(*state["random"])
+        self.pending = None if state["pending"] is None else Step(**state["pending"])
+        for name in _COUNTS:
+            setattr(self, name, state[name])
+
+
+_COUNTS = ("step", "val_loss", "best_val_loss", "evaluations_since_best")
+
+
+def train(
+    state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray, group: Group | None = None
+) -> Iterator[Step]:
     """Train `state.model` in place from step `state.step` on, and yield the results of each step.
 
-    Everything random depends only on the seed and the step, so a run that is stopped after any yield and continued from
-    a copy of `state` is bit for bit equal to an unbroken one. Raises FloatingPointError at a loss or gradient that is
-    not finite, before it reaches the parameters; it names the first tensor that is not finite.
+    `state.config.threads` threads share each batch, in each process of `group` if there is one (see parallel.Group).
+    Everything random depends only on the seed and the step, so a run that is stopped and continued from a copy of
+    `state` is bit for bit equal to an unbroken one. Raises FloatingPointError at a loss or gradient that is not finite,
+    before it reaches the parameters; it names the first tensor that is not finite.
     """
     model, optimizer, scaler, config = state.model, state.optimizer, state.scaler, state.config
     val_tokens = val_tokens[: config.eval_tokens or None]
     model.train()
 
-    with Workers(model, config.threads) as workers:
+    with Workers(model, config.threads, group) as workers:
+        if state.pending is not None:
+            yield evaluated(state, val_tokens, workers)
         while not state.finished:
             started = perf_counter()
 
@@ -115,6 +171,7 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
             # With loss scaling a gradient may overflow: the scaler then skips the step and halves the scale.
             overflow_is_normal = scaler.enabled and loss_scale > 1
             if not (math.isfinite(loss) and (math.isfinite(grad_norm) or overflow_is_normal)):
+                state.sound = False
                 culprit = first_not_finite(model, lambda: batch_gradient(state, train_tokens, workers))
                 culprit = culprit or "a second run found nothing: the norm of the gradient itself overflows"
                 norm = f"{grad_norm:.4g}" + (f" at a loss scale of {loss_scale:g}" if scaler.enabled else "")
@@ -123,26 +180,39 @@ def train(state: TrainState, train_tokens: np.ndarray, val_tokens: np.ndarray) -
                 )
 
             # The update.
-            lr = warmup_cosine(state.step, config.steps, config.lr, config.warmup, config.min_lr)
+            lr = state.schedule(state.step)
             optimizer.set_lr(lr)
+            state.sound = False
             scaler.step(optimizer, coefficient)
             scaler.update()
             state.step += 1
+            state.val_loss = None
 
             clipped = 0 < config.clip < grad_norm < math.inf
-            tokens = config.batch_size * model.config.block_size
+            tokens = config.batch_size * state.block_size
             done = Step(state.step, loss, lr, grad_norm, clipped, tokens, perf_counter() - started)
             done.loss_scale = loss_scale if scaler.enabled else None
-            state.val_loss = None
             if state.step == config.steps or (config.eval_every and state.step % config.eval_every == 0):
-                done.val_loss = state.val_loss = evaluate(model, val_tokens, config.batch_size, workers)
-                if not math.isfinite(done.val_loss):
-                    raise FloatingPointError(f"step {state.step}: the validation loss is {done.val_loss:.4g}")
-                if state.best_val_loss is None or done.val_loss < state.best_val_loss:
-                    state.best_val_loss, state.evaluations_since_best = done.val_loss, 0
-                else:
-                    state.evaluations_since_best += 1
-            yield done
+                state.pending = done
+            state.sound = True
+            yield done if state.pending is None else evaluated(state, val_tokens, workers)
+
+
+def evaluated(state: TrainState, val_tokens: np.ndarray, workers: Workers) -> Step:
+    """The pending step with its validation loss."""
+    assert state.pending is not None
+    done = state.pending
+    val_loss = evaluate(state.model, val_tokens, state.config.batch_size, state.block_size, workers)
+    if not math.isfinite(val_loss):
+        state.sound = False
+        raise FloatingPointError(f"step {state.step}: the validation loss is {val_loss:.4g}")
+    done.val_loss = state.val_loss = val_loss
+    if state.best_val_loss is None or val_loss < state.best_val_loss:
+        state.best_val_loss, state.evaluations_since_best = val_loss, 0
+    else:
+        state.evaluations_since_best += 1
+    state.pending = None
+    return done
 
 
 def batch_gradient(state: TrainState, tokens: np.ndarray, workers: Workers) -> float:
@@ -153,32 +223,30 @@ def batch_gradient(state: TrainState, tokens: np.ndarray, workers: Workers) -> f
     """
     config, step = state.config, state.step
 
-    def work(rank: int, model: GPT) -> float:
+    def work(rank: int, model: Any) -> float:
         model.train()
         device = next(model.parameters()).device
         loss = 0.0
-        first = 0
         for micro in range(config.accumulate):
-            batch = get_batch(
-                tokens, config.batch_size, model.config.block_size, config.seed, step, micro, config.accumulate
-            )
-            mine = workers.share(len(batch[0]), rank)
-            x, y = (to_device(a[mine], device) for a in batch)
-            if len(x):
+            first, end = (config.batch_size * i // config.accumulate for i in (micro, micro + 1))
+            mine = workers.share(end - first, rank)
+            rows = slice(first + mine.start, first + mine.stop)
+            if rows.start < rows.stop:
+                batch = get_batch(tokens, config.batch_size, state.block_size, config.seed, step, rows)
+                x, y = (to_device(a, device) for a in batch)
                 # Dropout masks depend on the step and the sequence's place in the batch, not on how it is divided.
-                random.seed(config.seed, (step + 1) << 32, first_sample=first + mine.start)
+                random.seed(config.seed, (step + 1) << 32, first_sample=rows.start)
                 with autocast(config.dtype):
                     part = model.loss(x, y) * (len(x) / config.batch_size)
                 with np.errstate(over="ignore", invalid="ignore"):  # train() checks for an overflow
                     state.scaler.scale(part).backward()
                 loss += part.item()
-            first += len(batch[0])
         return loss
 
-    return sum(workers.gradient(work))
+    return sum(workers.gather([[loss] for loss in workers.gradient(work)], workers.size))
 
 
-def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
+def first_not_finite(model: Module, compute: Callable[[], object]) -> str:
     """Where the first non-finite value is: a parameter, or an op while `compute` runs. Empty if there is none."""
     for name, p in model.named_parameters():
         if not all_finite([p.data]):
@@ -192,7 +260,7 @@ def first_not_finite(model: GPT, compute: Callable[[], object]) -> str:
 
 
 @no_grad()
-def evaluate(model: GPT, tokens: np.ndarray, batch_size: int, workers: Workers | None = None) -> float:
+def evaluate(model: Any, tokens: np.ndarray, batch_size: int, block_size: int, workers: Workers | None = None) -> float:
     """Mean loss in nats a token over all of `tokens`, in consecutive blocks; in evaluation mode, without recording.
 
     Every token but the first is predicted once, from the tokens before it in its block. Raises ValueError for fewer
@@ -201,7 +269,7 @@ def evaluate(model: GPT, tokens: np.ndarray, batch_size: int, workers: Workers |
     if len(tokens) < 2:
         raise ValueError(f"{len(tokens)} tokens are too few to evaluate on: there is none to predict")
     device = next(model.parameters()).device
-    T = model.config.block_size
+    T = block_size
     whole = (len(tokens) - 1) // T * T  # tokens in whole blocks; the rest is one shorter block
     batches = [(start, min(start + batch_size * T, whole), T) for start in range(0, whole, batch_size * T)]
     if rest := len(tokens) - 1 - whole:
@@ -220,8 +288,7 @@ def evaluate(model: GPT, tokens: np.ndarray, batch_size: int, workers: Workers |
     for each in workers.models:
         each.eval()
     try:
-        losses = workers.run(work)
+        return sum(workers.gather(workers.run(work), len(batches))) / (len(tokens) - 1)
     finally:
         for each in workers.models:
             each.train(training)
-    return sum(itertools.chain(*losses)) / (len(tokens) - 1)
