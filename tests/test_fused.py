@@ -179,7 +179,7 @@ def test_adamw_is_its_reference_and_pytorch(twins, shape, scale, decay, beta2):
         for g in grads:
             p.grad = g.copy()
             optimizer.step()
-        return p.data - start, optimizer.state[0]["exp_avg"], optimizer.state[0]["exp_avg_sq"]
+        return p.data - start, optimizer.state[p]["exp_avg"], optimizer.state[p]["exp_avg_sq"]
 
     fast = trained()
     with reference_only():

@@ -1,5 +1,6 @@
 """Half precision: which ops cast, what stays in float32, and a scaler that decides as PyTorch's does."""
 
+import copy
 import threading
 
 import numpy as np
@@ -291,7 +292,7 @@ def play(ours, theirs, series, explicit_unscale, bad=np.inf):
             p.grad = g.astype(np.float32)
             torch_p.grad = torch.tensor(p.grad)
         before = [p.data.copy() for p in params]
-        t_before = optimizer.steps()
+        state_before = copy.deepcopy(optimizer.state_dict())
         if explicit_unscale:
             scaler.unscale_(optimizer)
             torch_scaler.unscale_(torch_optimizer)
@@ -305,9 +306,13 @@ def play(ours, theirs, series, explicit_unscale, bad=np.inf):
         assert stepped == (not overflow)
         if overflow:
             assert all((p.data == old).all() for p, old in zip(params, before, strict=True))
-            assert optimizer.steps() == t_before
+            np.testing.assert_equal(optimizer.state_dict(), state_before)
         for p, torch_p in zip(params, torch_params, strict=True):
             np.testing.assert_allclose(p.data, torch_p.detach(), rtol=1e-6)
+            state, torch_state = optimizer.state.get(p, {}), torch_optimizer.state.get(torch_p, {})
+            assert set(state) == set(torch_state)
+            for name in state:
+                np.testing.assert_allclose(state[name], torch_state[name], rtol=1e-4)
         yield scaler.get_scale(), scaler.state_dict(), torch_scaler.get_scale(), torch_scaler.state_dict()
 
 
@@ -390,6 +395,58 @@ def test_wrong_orders_are_errors():
         scaler.update()
     scaler.step(optimizer)  # a new step: everything is allowed again
     assert optimizer.steps() == [2]
+
+
+@pytest.mark.parametrize("way", ["optimizer.zero_grad", "zero_grad of the model"])
+@pytest.mark.parametrize("overflow", [False, True])
+@pytest.mark.parametrize("fails", ["after unscale_", "in the update"])
+def test_a_step_that_an_error_ended_does_not_block_the_next(way, overflow, fails):
+    """PyTorch's scaler raises here until update() is called; here the next step begins without it."""
+    p, optimizer = one_parameter()
+    scaler = GradScaler(init_scale=4.0)
+    scaler.scale((p * 2).sum()).backward()
+    p.grad[0] = np.inf if overflow else 1
+    scaler.unscale_(optimizer)
+    if fails == "in the update" and not overflow:
+        with pytest.raises(ZeroDivisionError), override(optim.adamw, lambda *lists: 1 / 0):
+            scaler.step(optimizer)
+    with pytest.raises(RuntimeError, match="unscale_ was already called in this step"):
+        scaler.unscale_(optimizer)
+    scaler.scale((p * 2).sum()).backward()  # added to gradients that are divided already
+    with pytest.raises(RuntimeError, match="unscale_ was already called in this step"):
+        scaler.unscale_(optimizer)
+    if way == "optimizer.zero_grad":
+        optimizer.zero_grad()
+    else:
+        p.grad = None
+    for _ in range(2):  # when accumulating
+        scaler.scale((p * 2).sum()).backward()
+    scaler.unscale_(optimizer)
+    np.testing.assert_array_equal(p.grad, np.float32([4, 4, 4]))
+    assert scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4.0
+    assert optimizer.steps() == [1]
+
+
+def test_an_update_that_was_forgotten_is_still_an_error():
+    p, optimizer = one_parameter()
+    scaler = GradScaler()
+    scaler.step(optimizer)
+    optimizer.zero_grad()
+    scaler.scale((p * 2).sum()).backward()
+    with pytest.raises(RuntimeError, match=r"unscale_ was already called in this step; call update\(\)"):
+        scaler.unscale_(optimizer)
+
+
+def test_gradients_may_be_zeroed_before_the_update():
+    p, optimizer = one_parameter()
+    scaler = GradScaler(init_scale=4.0)
+    p.grad[0] = np.inf
+    assert not scaler.step(optimizer)
+    optimizer.zero_grad()
+    scaler.update()
+    assert scaler.get_scale() == 2.0
 
 
 @pytest.mark.parametrize(
@@ -546,6 +603,29 @@ def test_a_scale_that_collapses_stops_the_training():
     assert "at a loss scale of 1;" in message
     assert "the gradient that Spoil gives its input 0" in message
     assert all((p.numpy() == old).all() for p, old in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_training_goes_on_after_a_step_that_raised():
+    """As if the step had not been tried: the parameter that was not finite is mended, the state is used again."""
+    config = TrainConfig(steps=4, batch_size=4, dtype="float16", eval_every=0)
+    weights = []
+    for fails in (False, True):
+        state = TrainState(tiny(), config)
+        running = train(state, TOKENS, TOKENS[:20])
+        next(running)
+        if fails:
+            (p, *_) = state.model.parameters()
+            before = p.data.copy()
+            p.data[...] = np.nan
+            with pytest.raises(FloatingPointError, match="step 2: the loss is nan"):
+                next(running)
+            p.data[...] = before
+            running = train(state, TOKENS, TOKENS[:20])
+        assert [step.step for step in running] == [2, 3, 4]
+        weights.append([p.data for p in state.model.parameters()])
+        assert state.scaler.state_dict()["_growth_tracker"] == 4
+    np.testing.assert_equal(*weights)
 
 
 def test_half_precision_trains_as_single_precision_does():

@@ -26,7 +26,7 @@ import numpy as np
 
 from . import ops
 from .array import Array, all_finite, is_array
-from .optim import AdamW
+from .optimizer import Optimizer
 from .registry import replaceable
 from .settings import Block
 from .tensor import Tensor
@@ -78,15 +78,25 @@ class GradScaler:
         self._good_steps = 0  # in a row
         self._found_inf: bool | None = None  # of this step; None before unscale_
         self._stepped = False  # in this step
+        self._unscaled: Optimizer | None = None  # whose gradients unscale_ divided, until step() or update()
 
     def get_scale(self) -> float:
         return self._scale if self.enabled else 1.0
 
     def scale(self, loss: Tensor) -> Tensor:
-        """The loss times the scale, in float32."""
-        return ops.cast(loss, np.float32) * self._scale if self.enabled else loss
+        """The loss times the scale, in float32.
 
-    def unscale_(self, optimizer: AdamW) -> None:
+        If an error ended the last step between unscale_() and step(), and its gradients were set to None since, a new
+        step begins here. (PyTorch's would want an update() first.)
+        """
+        if not self.enabled:
+            return loss
+        abandoned = self._unscaled
+        if abandoned is not None and all(p.grad is None for p in abandoned.parameters()):
+            self._found_inf = self._unscaled = None
+        return ops.cast(loss, np.float32) * self._scale
+
+    def unscale_(self, optimizer: Optimizer) -> None:
         """Divide the gradients by the scale, and check whether all are finite. Call it once a step, before clipping.
 
         Raises RuntimeError for a second call in a step, and if no parameter has a gradient; ValueError for float16
@@ -104,18 +114,18 @@ class GradScaler:
         if any(g.dtype == np.float16 for g in grads):
             raise ValueError("GradScaler.unscale_: gradients of float16 weights; keep the weights in float32")
         self._found_inf = not unscale(grads, 1 / self._scale)
+        self._unscaled = optimizer
 
-    def step(self, optimizer: AdamW, coefficient: Any = 1.0) -> bool:
+    def step(self, optimizer: Optimizer, coefficient: Any = 1.0) -> bool:
         """Call optimizer.step(coefficient) unless a gradient is not finite; returns whether it was called."""
         if self.enabled and self._stepped:
             raise RuntimeError("GradScaler.step was already called in this step; call update() after step()")
         if self.enabled and self._found_inf is None:
             self.unscale_(optimizer)
-        self._stepped = True
-        if self._found_inf:
-            return False
-        optimizer.step(coefficient)
-        return True
+        if not self._found_inf:
+            optimizer.step(coefficient)
+        self._stepped, self._unscaled = True, None
+        return not self._found_inf
 
     def update(self) -> None:
         """Set the scale for the next step."""
@@ -133,7 +143,7 @@ class GradScaler:
                 if grown < float(np.finfo(np.float32).max):  # halving could not undo an infinite scale
                     self._scale = grown
                 self._good_steps = 0
-        self._found_inf, self._stepped = None, False
+        self._found_inf, self._stepped, self._unscaled = None, False, None
 
     def state_dict(self) -> dict[str, Any]:
         """The state for a checkpoint, under PyTorch's names."""
