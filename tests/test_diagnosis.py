@@ -8,7 +8,8 @@ from time import perf_counter
 import numpy as np
 import pytest
 
-from tinylm import GPT, GPTConfig, random
+from tinylm import GPT, GPTConfig, diagnosis, random
+from tinylm.conditions import CONDITIONS, PASSED, Found
 from tinylm.data import Vocabulary, language_reference, split
 from tinylm.diagnosis import Monitor, diagnose, read_metrics
 from tinylm.optim import warmup_cosine
@@ -278,6 +279,89 @@ def test_a_collapsing_loss_scale(scales, level):
         assert "fell from 65,536 to 128 between steps 5 and 37, 9 times" in found[0].evidence
     if level == 2:
         assert [f.level for f in watch(records)] == [1, 2]
+
+
+# --- a condition of one's own -------------------------------------------------------------------------------------
+
+
+def own_condition(monkeypatch, moment, check):
+    monkeypatch.setattr(diagnosis, "CONDITIONS", (*CONDITIONS, ("own", moment, check)))
+
+
+def test_a_listed_function_takes_part(monkeypatch):
+    own_condition(monkeypatch, "step", lambda curves: curves.record["news"])
+    mild, severe = Found("mild", "a"), Found("severe", "b", level=2)
+    story = [  # what it returns; what of it is new, as (step, level); what stands then
+        (None, [], []),
+        (PASSED, [], []),
+        (mild, [(3, 1)], [(3, 1, "mild")]),
+        (None, [], [(3, 1, "mild")]),
+        (severe, [(3, 2)], [(3, 2, "severe")]),
+        (mild, [], [(3, 2, "mild")]),  # it stays severe
+        (PASSED, [], []),
+        (mild, [], [(8, 1, "mild")]),  # told before
+        (mild._replace(anew=True), [], [(9, 1, "mild")]),
+    ]
+    monitor = Monitor()
+    for step, (news, told, stands) in enumerate(story, 1):
+        found = monitor.update({"step": step, "loss": 4.0, "news": news})
+        assert [(f.step, f.level) for f in found] == told
+        assert [(f.step, f.level, f.evidence) for f in monitor.diagnosis()] == stands
+    assert str(monitor.diagnosis()[0]) == "own (step 9): mild. Try: a."
+
+
+@pytest.mark.parametrize(
+    ("moment", "seen"),
+    [  # (step, norms, losses) of three steps, the second without a norm; of a block; of an evaluation
+        ("step", [(1, 0, 0), (2, 1, 1), (3, 1, 2)]),
+        ("norm", [(1, 1, 0), (3, 2, 2)]),
+        ("block", [(10, 9, 10), (20, 19, 20)]),
+        ("evaluation", [(10, 9, 10), (25, 24, 25)]),
+    ],
+)
+def test_a_condition_is_checked_at_its_moment(monkeypatch, moment, seen):
+    calls = []
+    own_condition(monkeypatch, moment, lambda c: calls.append((c.step, len(c.norms), len(c.losses))))
+    records = steps(FALLING[:25])
+    records[1]["grad_norm"], records[1]["loss_scale"] = None, 1024.0
+    diagnose([*records[:10], {"step": 10, "val_loss": 4.0}, *records[10:], {"step": 25, "val_loss": 4.0}])
+    assert calls[: len(seen)] == seen
+    assert len(calls) == {"step": 25, "norm": 24, "block": 2, "evaluation": 2}[moment]
+
+
+def test_a_class_remembers_one_run(monkeypatch):
+    class Third:
+        count = 0
+
+        def __call__(self, curves):
+            self.count += 1
+            return Found("the third step", "nothing") if self.count == 3 else None
+
+    own_condition(monkeypatch, "step", Third)
+    for _ in range(2):
+        assert [(f.condition, f.step) for f in watch(steps(FALLING[:5]))] == [("own", 3)]
+
+
+def test_a_condition_sees_what_those_above_it_found(monkeypatch):
+    own_condition(monkeypatch, "block", lambda c: Found("", "") if "gradients vanishing" in c.found else PASSED)
+    records = steps(FALLING[:300], [5e-6] * 50 + [4e-5] * 250)
+    assert [(f.condition, f.step) for f in watch(records)] == [("gradients vanishing", 20), ("own", 20)]
+    assert diagnose(records) == []
+
+
+def test_statistics_and_conditions_keep_no_more_than_the_recent_steps():
+    records = steps([FALLING[i % 400] for i in range(3000)], [1.0, 1.0, 1.0, 11.0, 2e3] * 600)
+    for i, record in enumerate(records):
+        record["loss_scale"] = 2.0 ** (20 - i % 3)
+    monitor = Monitor()
+    for record in records:
+        monitor.update(record)
+        monitor.update({"step": record["step"], "val_loss": 4.0})
+    states = [monitor._curves, *(check for checks in monitor._checks.values() for _, check in checks)]
+    kept = {name: len(v) for state in states for name, v in vars(state).items() if hasattr(v, "__len__")}
+    assert kept.pop("sums") == 301
+    assert {kept["spikes"], kept["halvings"]} == {20}
+    assert max(kept.values()) <= 100
 
 
 # --- healthy runs -------------------------------------------------------------------------------------------------
