@@ -281,6 +281,65 @@ def test_a_collapsing_loss_scale(scales, level):
         assert [f.level for f in watch(records)] == [1, 2]
 
 
+# --- where one condition ends and another begins ------------------------------------------------------------------
+
+
+def scaled(halvings):
+    records = steps(FALLING[:100])
+    for i, record in enumerate(records):
+        record["loss_scale"] = 2.0 ** (20 - min(i // 5, halvings))
+    return records
+
+
+def evaluated(losses, vals):
+    """A step for each loss; `vals` are the validation losses of the last steps."""
+    records = steps(losses)
+    after = [{"step": r["step"], "val_loss": v} for r, v in zip(records[-len(vals) :], vals, strict=True)]
+    return sorted([*records, *after], key=lambda record: record["step"])
+
+
+def spiked(*at):
+    return [11.0 if i in at else 1.0 for i in range(1, 101)]
+
+
+CASES = {  # records; the condition and the step of each finding that stands at the end
+    "the first loss counts as the lowest": (steps([2.0] + [9.0] * 9), [("loss exploding", 10)]),
+    "above the lowest, but not in two blocks running": (steps(([2.0] * 10 + [2.5] * 10) * 3), []),
+    "no finite loss, and so no gradient": (
+        [{"step": 1, "loss": None, "grad_norm": None}],
+        [("loss not finite", 1)],
+    ),
+    "seven halvings": (scaled(7), []),
+    "eight halvings": (scaled(8), [("loss scale collapsing", 41)]),
+    "spikes from the 51st step": (steps(FALLING[:100], spiked(51, 53, 55)), [("gradient spiking", 55)]),
+    "spikes in the first 50 steps": (steps(FALLING[:100], spiked(46, 48, 50)), []),
+    "flat, soon after a warmup": ([{**r, "lr": 1e-5 * min(r["step"], 160)} for r in steps([4.6] * 220)], []),
+    "flat, of unknown rate": ([{"step": i, "loss": 4.6} for i in range(1, 201)], [("loss not decreasing", 150)]),
+    "slow": (steps([4.6 - 0.002 * i for i in range(200)]), [("very slow progress", 150)]),
+    "flat, for want of a gradient": (steps([4.6] * 200, 1e-6), [("gradients vanishing", 20)]),
+    "flat and clipped, for want of a rate": (
+        steps([4.6] * 300, 20.0, lr=1e-6, clipped=True),
+        [("learning rate too low", 150)],
+    ),
+    "overfitting": (evaluated([4.0] + [0.1] * 99, [1.0, 1.2]), [("overfitting", 99)]),
+    "overfitting that has passed": (evaluated([4.0] + [0.1] * 99, [1.0, 1.2, 0.3]), []),
+    "overfitting, passed and at once found anew": (
+        evaluated([4.0] + [0.1] * 99, [1.0, 1.2, 0.9]),
+        [("overfitting", 100)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("records", "expected"), CASES.values(), ids=CASES)
+def test_what_stands_at_the_end(records, expected):
+    assert [(f.condition, f.step) for f in diagnose(records)] == expected
+
+
+def test_the_evidence_of_an_explosion_is_its_largest_norm():
+    (finding,) = diagnose(steps(FALLING[:10], [1.0] * 5 + [5e3, 2e3, 1.0, 1.0, 1.0]))
+    assert finding.evidence == "the gradient norm reached 5,000 at step 6, where the median of the steps before is 1"
+
+
 # --- a condition of one's own -------------------------------------------------------------------------------------
 
 
