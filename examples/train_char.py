@@ -257,8 +257,8 @@ def options() -> cli.Parser:
     output.add_argument(
         "--out",
         metavar="DIR",
-        help="the run's folder (default: runs/NAME after --data, with a number if that holds a run already; with "
-        "--resume and --overwrite the last of these)",
+        help="the run's folder (default: runs/NAME after --data, with a number if that is taken; with --resume and "
+        "--overwrite the last)",
     )
     again = output.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", default=None, help="continue the run")

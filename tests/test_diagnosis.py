@@ -11,7 +11,8 @@ import pytest
 from tinylm import GPT, GPTConfig, random
 from tinylm.data import CharTokenizer, language_reference, split
 from tinylm.optim import warmup_cosine
-from tinylm.runs import read_metrics
+from tinylm.runs import diagnosis, read_metrics
+from tinylm.runs.conditions import CONDITIONS, PASSED, Found
 from tinylm.runs.diagnosis import Monitor, diagnose
 from tinylm.training import TrainConfig, TrainState, train
 
@@ -279,6 +280,148 @@ def test_a_collapsing_loss_scale(scales, level):
         assert "fell from 65,536 to 128 between steps 5 and 37, 9 times" in found[0].evidence
     if level == 2:
         assert [f.level for f in watch(records)] == [1, 2]
+
+
+# --- where one condition ends and another begins ------------------------------------------------------------------
+
+
+def scaled(halvings):
+    records = steps(FALLING[:100])
+    for i, record in enumerate(records):
+        record["loss_scale"] = 2.0 ** (20 - min(i // 5, halvings))
+    return records
+
+
+def evaluated(losses, vals):
+    """A step for each loss; `vals` are the validation losses of the last steps."""
+    records = steps(losses)
+    after = [{"step": r["step"], "val_loss": v} for r, v in zip(records[-len(vals) :], vals, strict=True)]
+    return sorted([*records, *after], key=lambda record: record["step"])
+
+
+def spiked(*at):
+    return [11.0 if i in at else 1.0 for i in range(1, 101)]
+
+
+CASES = {  # records; the condition and the step of each finding that stands at the end
+    "the first loss counts as the lowest": (steps([2.0] + [9.0] * 9), [("loss exploding", 10)]),
+    "above the lowest, but not in two blocks running": (steps(([2.0] * 10 + [2.5] * 10) * 3), []),
+    "no finite loss, and so no gradient": (
+        [{"step": 1, "loss": None, "grad_norm": None}],
+        [("loss not finite", 1)],
+    ),
+    "seven halvings": (scaled(7), []),
+    "eight halvings": (scaled(8), [("loss scale collapsing", 41)]),
+    "spikes from the 51st step": (steps(FALLING[:100], spiked(51, 53, 55)), [("gradient spiking", 55)]),
+    "spikes in the first 50 steps": (steps(FALLING[:100], spiked(46, 48, 50)), []),
+    "flat, soon after a warmup": ([{**r, "lr": 1e-5 * min(r["step"], 160)} for r in steps([4.6] * 220)], []),
+    "flat, of unknown rate": ([{"step": i, "loss": 4.6} for i in range(1, 201)], [("loss not decreasing", 150)]),
+    "slow": (steps([4.6 - 0.002 * i for i in range(200)]), [("very slow progress", 150)]),
+    "flat, for want of a gradient": (steps([4.6] * 200, 1e-6), [("gradients vanishing", 20)]),
+    "flat and clipped, for want of a rate": (
+        steps([4.6] * 300, 20.0, lr=1e-6, clipped=True),
+        [("learning rate too low", 150)],
+    ),
+    "overfitting": (evaluated([4.0] + [0.1] * 99, [1.0, 1.2]), [("overfitting", 99)]),
+    "overfitting that has passed": (evaluated([4.0] + [0.1] * 99, [1.0, 1.2, 0.3]), []),
+    "overfitting, passed and at once found anew": (
+        evaluated([4.0] + [0.1] * 99, [1.0, 1.2, 0.9]),
+        [("overfitting", 100)],
+    ),
+}
+
+
+@pytest.mark.parametrize(("records", "expected"), CASES.values(), ids=CASES)
+def test_what_stands_at_the_end(records, expected):
+    assert [(f.condition, f.step) for f in diagnose(records)] == expected
+
+
+def test_the_evidence_of_an_explosion_is_its_largest_norm():
+    (finding,) = diagnose(steps(FALLING[:10], [1.0] * 5 + [5e3, 2e3, 1.0, 1.0, 1.0]))
+    assert finding.evidence == "the gradient norm reached 5,000 at step 6, where the median of the steps before is 1"
+
+
+# --- a condition of one's own -------------------------------------------------------------------------------------
+
+
+def own_condition(monkeypatch, moment, check):
+    monkeypatch.setattr(diagnosis, "CONDITIONS", (*CONDITIONS, ("own", moment, check)))
+
+
+def test_a_listed_function_takes_part(monkeypatch):
+    own_condition(monkeypatch, "step", lambda curves: curves.record["news"])
+    mild, severe = Found("mild", "a"), Found("severe", "b", level=2)
+    story = [  # what it returns; what of it is new, as (step, level); what stands then
+        (None, [], []),
+        (PASSED, [], []),
+        (mild, [(3, 1)], [(3, 1, "mild")]),
+        (None, [], [(3, 1, "mild")]),
+        (severe, [(3, 2)], [(3, 2, "severe")]),
+        (mild, [], [(3, 2, "mild")]),  # it stays severe
+        (PASSED, [], []),
+        (mild, [], [(8, 1, "mild")]),  # told before
+        (mild._replace(anew=True), [], [(9, 1, "mild")]),
+    ]
+    monitor = Monitor()
+    for step, (news, told, stands) in enumerate(story, 1):
+        found = monitor.update({"step": step, "loss": 4.0, "news": news})
+        assert [(f.step, f.level) for f in found] == told
+        assert [(f.step, f.level, f.evidence) for f in monitor.diagnosis()] == stands
+    assert str(monitor.diagnosis()[0]) == "own (step 9): mild. Try: a."
+
+
+@pytest.mark.parametrize(
+    ("moment", "seen"),
+    [  # (step, norms, losses) of three steps, the second without a norm; of a block; of an evaluation
+        ("step", [(1, 0, 0), (2, 1, 1), (3, 1, 2)]),
+        ("norm", [(1, 1, 0), (3, 2, 2)]),
+        ("block", [(10, 9, 10), (20, 19, 20)]),
+        ("evaluation", [(10, 9, 10), (25, 24, 25)]),
+    ],
+)
+def test_a_condition_is_checked_at_its_moment(monkeypatch, moment, seen):
+    calls = []
+    own_condition(monkeypatch, moment, lambda c: calls.append((c.step, len(c.norms), len(c.losses))))
+    records = steps(FALLING[:25])
+    records[1]["grad_norm"], records[1]["loss_scale"] = None, 1024.0
+    diagnose([*records[:10], {"step": 10, "val_loss": 4.0}, *records[10:], {"step": 25, "val_loss": 4.0}])
+    assert calls[: len(seen)] == seen
+    assert len(calls) == {"step": 25, "norm": 24, "block": 2, "evaluation": 2}[moment]
+
+
+def test_a_class_remembers_one_run(monkeypatch):
+    class Third:
+        count = 0
+
+        def __call__(self, curves):
+            self.count += 1
+            return Found("the third step", "nothing") if self.count == 3 else None
+
+    own_condition(monkeypatch, "step", Third)
+    for _ in range(2):
+        assert [(f.condition, f.step) for f in watch(steps(FALLING[:5]))] == [("own", 3)]
+
+
+def test_a_condition_sees_what_those_above_it_found(monkeypatch):
+    own_condition(monkeypatch, "block", lambda c: Found("", "") if "gradients vanishing" in c.found else PASSED)
+    records = steps(FALLING[:300], [5e-6] * 50 + [4e-5] * 250)
+    assert [(f.condition, f.step) for f in watch(records)] == [("gradients vanishing", 20), ("own", 20)]
+    assert diagnose(records) == []
+
+
+def test_statistics_and_conditions_keep_no_more_than_the_recent_steps():
+    records = steps([FALLING[i % 400] for i in range(3000)], [1.0, 1.0, 1.0, 11.0, 2e3] * 600)
+    for i, record in enumerate(records):
+        record["loss_scale"] = 2.0 ** (20 - i % 3)
+    monitor = Monitor()
+    for record in records:
+        monitor.update(record)
+        monitor.update({"step": record["step"], "val_loss": 4.0})
+    states = [monitor._curves, *(check for checks in monitor._checks.values() for _, check in checks)]
+    kept = {name: len(v) for state in states for name, v in vars(state).items() if hasattr(v, "__len__")}
+    assert kept.pop("sums") == 301
+    assert {kept["spikes"], kept["halvings"]} == {20}
+    assert max(kept.values()) <= 100
 
 
 # --- healthy runs -------------------------------------------------------------------------------------------------

@@ -53,7 +53,8 @@ def run(*arguments, cwd, **options):
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
 def steps_saved(folder):
@@ -73,14 +74,17 @@ def outcome(folder):
     metrics = [{name: v for name, v in line.items() if name not in CLOCK} for line in read_metrics(folder)]
     states = []
     for checkpoint in Run(folder).checkpoints():
-        state = checkpoint.read()[0]
-        del state["seconds"]  # the checksums that are left are those of the weights and of AdamW's moments
+        state = checkpoint.about()
+        del (
+            state["seconds"],
+            state["run"],
+        )  # the checksums that are left are those of the weights and of AdamW's moments
         states.append(state)
     summary = json.loads((folder / "summary.json").read_text())
     return {
         "metrics": metrics,
         "states": states,
-        "samples": (folder / "samples.txt").read_text(),
+        "samples": (folder / "samples.jsonl").read_text(),
         "summary": {name: v for name, v in summary.items() if name not in CLOCK},
     }
 
@@ -161,6 +165,7 @@ def test_a_signal_saves_and_the_resumed_run_is_the_unbroken_one(number, status, 
 
 STUCK = """
 from tinylm import cli
+from tinylm.runs.progress import Progress
 from time import sleep
 
 def main():
@@ -194,7 +199,7 @@ def test_another_run_is_not_written_over_unless_told(finished, text_file):
     before = contents(finished)
     short = ["--data", text_file, "--steps=3", "--eval-every=0"]
     done = run(*short, cwd=finished.parent)
-    assert_refused(done, "o holds a run: --resume goes on with it, --overwrite replaces it, or choose --out")
+    assert_refused(done, "o holds a run: --resume goes on with it, --overwrite replaces it, or choose another --out")
     both = run(*short, "--resume", "--overwrite", cwd=finished.parent)
     assert_refused(both, "argument --overwrite: not allowed with argument --resume")
     assert contents(finished) == before
@@ -203,7 +208,7 @@ def test_another_run_is_not_written_over_unless_told(finished, text_file):
     assert (done.returncode, done.stderr) == (0, "")
     assert steps_saved(finished) == [3]
     assert last_step(finished) == 3
-    assert (finished / "samples.txt").read_text().count("=== step") == 1
+    assert (finished / "samples.jsonl").read_text().count("\n") == 1
     assert Run(finished).config()["steps"] == 3
 
 
@@ -216,11 +221,73 @@ def test_checkpoints_whose_configuration_is_lost_are_not_swept_away(finished, te
     assert contents(finished) == before
 
 
-def test_an_empty_configuration_is_a_run_too(finished, text_file):
-    (finished / "config.json").write_text("{}")
-    done = run("--data", text_file, "--resume", "--steps=20", "--eval-every=10", cwd=finished.parent)
+FOREIGN = {
+    "a model": ("checkpoints/model.pt", b"weights"),
+    "samples": ("samples.txt", b"blood"),
+    "metrics": ("metrics.jsonl", b'{"epoch": 1}\n'),
+    "a picture": ("loss.png", b"art"),
+    "a summary": ("summary.json", b"{}"),
+    "a configuration": ("config.json", b'{"learning_rate": 1}'),
+    "no JSON": ("config.json", b"model: gpt"),
+}
+
+
+@pytest.mark.parametrize("how", ["", "--resume", "--overwrite"])
+@pytest.mark.parametrize(("name", "content"), FOREIGN.values(), ids=FOREIGN)
+def test_what_is_somebody_elses_is_never_touched(name, content, how, text_file, tmp_path):
+    path = tmp_path / "o" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    before = contents(tmp_path)
+    done = run("--data", text_file, "--steps=2", *how.split(), cwd=tmp_path)
+    message = f"o is no run of tinylm, but holds {name.partition('/')[0]}: choose another folder"
+    assert_refused(done, message)
+    assert contents(tmp_path) == before
+
+
+def test_other_files_beside_a_run_stay(finished, text_file):
+    theirs = {".config.json.swp": b"vim", "notes.txt": b"mine", "checkpoints/model.pt": b"weights", ".step-1.x": b"a"}
+    theirs["checkpoints/step-00000015/extra"] = b"in a checkpoint that goes"
+    for name, content in theirs.items():
+        (finished / name).write_bytes(content)
+    for how in ("--resume", "--overwrite"):
+        done = run("--data", text_file, "--steps=25", "--save-every=2", how, cwd=finished.parent)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert theirs.items() <= contents(finished).items()
+
+
+def test_an_empty_name_is_refused(text_file, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("somebody's")
+    assert_refused(run("--data", text_file, "--out=", cwd=tmp_path), "the name of the run's folder is empty")
+
+
+def test_overwrite_that_is_killed_at_its_start_never_continues_the_old_run(finished, text_file, tmp_path):
+    """Killed right after the new configuration is written: the old checkpoints are not those of the new run."""
+    killed = Run(finished)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "_remove", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            killed.start({"block_size": 16, "steps": 3, "lr": 0.5})
+    del killed
+    assert Run(finished).checkpoints() == []
+    done = run("--data", text_file, "--resume", cwd=finished.parent)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith("resumed after step 20 ")
+    assert "there is no checkpoint in o/checkpoints yet: beginning at the first step" in done.stdout
+    assert [line["step"] for line in read_metrics(finished) if "loss" in line] == [1, 2, 3]
+    assert {line["lr"] for line in read_metrics(finished) if "loss" in line} == {0.125, 0.25, 0.375}
+
+
+def test_two_processes_in_one_folder(text_file, tmp_path):
+    arguments = ["--data", text_file, "--steps=100000", "--eval-every=0"]
+    first = start(*arguments, cwd=tmp_path)
+    wait_for_step(first, tmp_path / "o", 3)
+    for how in ("--resume", "--overwrite"):
+        done = run(*arguments, how, cwd=tmp_path)
+        told = rf"o is in use by process {first.pid} on \S+: wait until it has ended, or choose another folder"
+        assert re.fullmatch(rf"train_char\.py: error: {told}\n", done.stderr), done.stderr
+    first.kill()  # the kernel releases the lock
+    first.communicate()
+    assert run("--data", text_file, "--resume", "--steps=4", cwd=tmp_path).returncode == 0
 
 
 def test_resume_in_an_empty_folder_begins(twenty, text_file, tmp_path):
@@ -237,11 +304,11 @@ def test_resume_of_a_finished_run_says_so_and_completes_what_is_missing(lost, fi
     for name in lost:
         (finished / name).unlink()
     before = outcome(finished) if not lost else None
-    logs = [(finished / name).read_bytes() for name in ("metrics.jsonl", "samples.txt")]
+    logs = [(finished / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")]
     done = run("--resume", cwd=finished.parent)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\nnote: the run has had its 20 steps; give more --steps to go on\n" in done.stdout
-    assert [(finished / name).read_bytes() for name in ("metrics.jsonl", "samples.txt")] == logs
+    assert [(finished / name).read_bytes() for name in ("metrics.jsonl", "samples.jsonl")] == logs
     assert steps_saved(finished) == [15, 20]
     assert (finished / "loss.png").exists()
     assert before is None or outcome(finished) == before
@@ -362,7 +429,9 @@ def test_a_full_disk_leaves_the_checkpoints_and_training_goes_on(text_file, tmp_
         *arguments, "--steps=20", cwd=tmp_path,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
-    assert (done.returncode, done.stderr) == (0, "")
+    told = "train_char.py: error: the last checkpoint could not be saved: saved is step 10\n"
+    assert (done.returncode, done.stderr) == (1, told)
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 20
     warnings = re.findall(
         r"^warning: step (\d+) could not be saved \(File too large\); the checkpoints before are intact$",
         done.stdout,
@@ -386,7 +455,7 @@ def test_a_full_disk_leaves_the_checkpoints_and_training_goes_on(text_file, tmp_
     ("save_every", "message"),
     [
         (0, r"step 22: the loss is nan and the gradient norm nan; it began in the output of \w+\(.*\): .*"),
-        (1, r"step 21: the model has gone bad and is not saved; it began in the output of \w+\(.*\): .*"),
+        (1, r"step 22: the loss is nan and the gradient norm nan; it began in the output of \w+\(.*\): .*"),
     ],
 )
 def test_a_run_gone_bad_names_the_tensor_and_the_last_good_checkpoint(save_every, message, finished):
@@ -396,7 +465,12 @@ def test_a_run_gone_bad_names_the_tensor_and_the_last_good_checkpoint(save_every
     assert done.returncode == 1
     end = "; the last good checkpoint is o/checkpoints/step-00000020; a smaller learning rate may help"
     assert re.fullmatch(rf"train_char\.py: error: {message}{end}\n", done.stderr)
-    assert contents(finished / "checkpoints") == before
+    left = contents(finished / "checkpoints")
+    assert {name: left.get(name) for name in before if "00000020" in name} == {
+        name: content for name, content in before.items() if "00000020" in name
+    }
+    assert steps_saved(finished)[-1] == 20
+    assert len(list((finished / "checkpoints").glob("bad-step-00000021.*"))) == save_every
 
     done = run("--resume", "--steps=22", "--lr=0.006", cwd=finished.parent)
     assert done.returncode == 0
@@ -540,7 +614,7 @@ def assert_survived(found, save_every, folder, whole, arguments):
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(rf"resumed after step {found[-1]['newest sound']} from ", done.stdout)
     assert_same_outcome(folder, whole)
-    assert list(folder.rglob(".*")) == []
+    assert [path.name for path in folder.rglob(".*")] == [".lock"]
 
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
@@ -563,13 +637,15 @@ def test_a_run_that_is_killed_again_and_again_ends_as_the_unbroken_one(how, kill
     if how == "moments":
         assert sum(death["while saving"] for death in found) >= kills / 10
     else:
-        deaths = re.sub(r"\d+", "N", (tmp_path / "deaths.txt").read_text())
-        aside = "o/checkpoints/.step-N.N"
+        deaths = re.sub(r"(step-)\d+(\.)\w{8}", r"\1N\2X", (tmp_path / "deaths.txt").read_text())
+        deaths = re.sub(r"step-\d+", "step-N", deaths)
+        aside = "o/checkpoints/.step-N.X.tinylm"
         for call in (
             f"os.mkdir {aside}",
             f"os.rename {aside}",
+            "os.rename o/checkpoints/step-N",
             "os.remove state.json",
-            "os.rmdir o/checkpoints/step-N",
+            f"os.rmdir {aside}",
         ):
             assert call in deaths, call
         assert re.search(rf"fsync /.*/{re.escape(aside)}\n", deaths)

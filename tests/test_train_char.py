@@ -29,12 +29,12 @@ TEXT = "".join(f"the {n}th line of a text, in which {n % 7} rhymes with heaven\n
 SMALL = ["--n-layer=1", "--n-head=2", "--n-embd=16", "--block-size=16", "--batch-size=4"]
 SHORT = [*SMALL, "--steps=20", "--warmup=2", "--eval-every=10", "--sample-tokens=40"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": ""}
-RUN = {"config.json", "metrics.jsonl", "checkpoints", "samples.txt"}
+RUN = {"config.json", "metrics.jsonl", "checkpoints", "samples.jsonl", ".lock"}
 MEASURED = {
     "val_loss",
     "best_val_loss",
     "perplexity",
-    "bits_per_character",
+    "bits_per_token",
     "steps",
     "seconds",
     "tokens_per_second",
@@ -50,6 +50,11 @@ def run(*arguments, cwd):
     return subprocess.run(
         command(*arguments), cwd=cwd, env=ENVIRONMENT, capture_output=True, encoding="utf-8", timeout=120
     )
+
+
+def sample_in(stdout):
+    """The sample at the end of a run's output."""
+    return stdout.partition("\nsample ")[2].partition("\nnext ")[0]
 
 
 def summary_of(folder):
@@ -85,22 +90,24 @@ def test_a_run_tells_and_writes_what_it_did(short_run):
     assert set(summary) == MEASURED | {"config"}
     assert 1.5 < summary["val_loss"] < math.log(len(set(TEXT)))  # better than knowing nothing
     assert summary["perplexity"] == pytest.approx(math.exp(summary["val_loss"]))
-    assert summary["bits_per_character"] == pytest.approx(math.log2(summary["perplexity"]))
+    assert summary["bits_per_token"] == pytest.approx(math.log2(summary["perplexity"]))
     assert summary["steps"] == 20
     assert summary["seconds"] * summary["tokens_per_second"] == pytest.approx(20 * 4 * 16)
     C, V, T = 16, len(set(TEXT)), 16
     assert summary["parameters"] == (V + T) * C + 12 * C * C + 13 * C + 2 * C
     shown = {"data", "device", *(f.name for f in fields(GPTConfig)), *(f.name for f in fields(TrainConfig))}
-    assert set(summary["config"]) == shown | {"engine"}
+    assert set(summary["config"]) == shown | {"engine", "tokenizer"}
     assert summary["config"]["n_embd"] == 16
     assert summary["config"]["vocab_size"] == V
     assert summary["config"]["lr"] == TrainConfig.lr
 
-    report, sample = done.stdout.split("summary.json\n\n")
+    report, sample, _ = re.fullmatch(
+        r"(.*)sample      40 tokens at temperature 0\.8:\n\n(.*?)\n\n(next        .*)", done.stdout, re.S
+    ).groups()
     assert f"loss {summary['val_loss']:.4f}" in report
     assert f"perplexity {summary['perplexity']:.3f}" in report
-    assert f"{summary['bits_per_character']:.3f} bits a character" in report
-    assert len(sample) == 40 + 1
+    assert f"{summary['bits_per_token']:.3f} bits a token" in report
+    assert len(sample) == 40
     assert set(sample) <= set(TEXT)
 
 
@@ -121,7 +128,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(short_run, te
     other = run("--data", text_file, "--out", "other", *SHORT, "--seed", 1, cwd=folder)
     val_loss = summary_of(folder / "new" / "folder")["val_loss"]
     assert summary_of(folder / "same")["val_loss"] == val_loss
-    assert same.stdout.splitlines()[-2:] == done.stdout.splitlines()[-2:]
+    assert sample_in(same.stdout) == sample_in(done.stdout)
     assert summary_of(folder / "other")["val_loss"] != val_loss
     assert other.returncode == 0
 
@@ -136,7 +143,7 @@ def test_the_seed_is_that_of_the_weights_and_of_the_sample_too(text_file, tmp_pa
     runs = [run("--data", text_file, "--out", n, *untrained, "--seed", n, cwd=tmp_path) for n in (1, 2)]
     first, second = (summary_of(tmp_path / str(n))["val_loss"] for n in (1, 2))
     assert first != second
-    first, second = (done.stdout.partition("\n\n")[2] for done in runs)
+    first, second = (sample_in(done.stdout) for done in runs)
     assert first != second
 
 
@@ -160,7 +167,7 @@ def test_every_flag_reaches_the_run(text_file, tmp_path):
 def test_without_data_it_reads_the_reference_of_python(tmp_path):
     done = run(*SHORT, "--steps", 1, "--sample-tokens", 0, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"{len(language_reference()):,} characters" in done.stdout
+    assert f"{len(language_reference()):,} tokens" in done.stdout
     assert summary_of(tmp_path / "runs" / "char")["config"]["data"] is None
 
 
@@ -174,8 +181,10 @@ def test_help_shows_every_default(tmp_path):
         for block in re.findall(r"^  (-.+(?:\n {9}.+)*)", text, re.M)
     }
     assert flags.pop("-h")
-    defaults = {f.name: str(f.default) for c in (GPTConfig, TrainConfig) for f in fields(c) if f.name != "vocab_size"}
-    defaults |= {"data": "Python's own language reference", "top_k": "all", "device": "cpu", "out": "runs/char"}
+    defaults = {f.name: str(f.default) for c in (TrainConfig, GPTConfig) for f in fields(c) if f.name != "vocab_size"}
+    defaults |= {"data": "Python's own language reference", "top_k": "all", "device": "cpu"}
+    defaults["out"] = "runs/NAME after --data, with a number if that is taken; with --resume and --overwrite the last"
+    defaults["tokenizer"] = "characters"
     defaults |= {
         "engine": "all engines that are installed",
         "threads": str(available_cores()),
