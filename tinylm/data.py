@@ -57,10 +57,10 @@ class Vocabulary:
     """One token per character. `characters` are in the order of their ids; `of(text)` sorts them."""
 
     def __init__(self, characters: str):
+        self._codes = code_points(characters)
         if len(set(characters)) != len(characters) or not characters:
             raise ValueError("a vocabulary needs at least one character, each of them once")
         self.characters = characters
-        self._codes = code_points(characters)
         self._order = np.argsort(self._codes)
 
     @classmethod
@@ -87,7 +87,9 @@ class Vocabulary:
 
 
 def code_points(text: str) -> np.ndarray:
-    """The Unicode code point of each character, uint32."""
+    """The Unicode code point of each character, uint32. Raises TypeError for anything but a str."""
+    if not isinstance(text, str):
+        raise TypeError(f"a Vocabulary takes text as a str, not {type(text).__name__}")
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
@@ -119,8 +121,11 @@ def get_batch(
 
     A step's batch of `batch_size` sequences depends only on (seed, step). Its micro-batches are parts of it, of nearly
     equal size, so a step sees the same sequences however it is divided. A target is the token after the input.
-    Raises ValueError for fewer than block_size + 1 tokens.
+    Raises ValueError for fewer than block_size + 1 tokens, TypeError for tokens that are no array of integers.
     """
+    if not (hasattr(tokens, "dtype") and tokens.dtype.kind in "iu"):
+        seen = getattr(tokens, "dtype", type(tokens).__name__)
+        raise TypeError(f"get_batch takes an array of integer tokens, not {seen}")
     positions = len(tokens) - block_size
     if positions < 1:
         raise ValueError(f"{len(tokens)} tokens are too few for a block of {block_size} and its target")

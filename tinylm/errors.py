@@ -125,13 +125,19 @@ def numpy_names(function: Function) -> Function:
     return call  # type: ignore[return-value]
 
 
-def check_sizes(who: str, **sizes: Any) -> None:
-    """Raise TypeError unless all are integers, ValueError unless all are at least 1."""
+def check_is_array(name: str, x: Any) -> None:
+    """Raise TypeError for a number or None where an op needs an array."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be a Tensor or an array, not {x!r}")
+
+
+def check_sizes(who: str, least: int = 1, **sizes: Any) -> None:
+    """Raise TypeError unless all are integers, ValueError unless all are at least `least`."""
     for name, n in sizes.items():
         if not isinstance(n, int | np.integer) or isinstance(n, bool):
             raise TypeError(f"{who}: {name} must be an integer, not {n!r}")
-        if n < 1:
-            raise ValueError(f"{who}: {name} must be at least 1, not {n}")
+        if n < least:
+            raise ValueError(f"{who}: {name} must be at least {least}, not {n}")
 
 
 def check_flag(who: str, **flags: Any) -> None:
