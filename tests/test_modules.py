@@ -280,6 +280,13 @@ def test_a_buffers_name_is_free(name):
         nn.Linear(1, 1).register_buffer(name, np.ones(1))
 
 
+def test_what_is_no_buffer_leaves_the_module_as_it_was():
+    model = Counts()
+    with pytest.raises(TypeError, match="a Tensor holds floats, integers or booleans, not object"):
+        model.register_buffer("more", None)
+    assert [name for name, _ in model.named_buffers()] == ["mask", "mean"]
+
+
 def test_a_buffer_may_be_registered_again():
     model = Counts()
     model.register_buffer("mask", np.zeros(3))

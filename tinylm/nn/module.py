@@ -102,8 +102,9 @@ class Module:
             raise ValueError(f"register_buffer: the name must be an identifier, not {name!r}")
         if hasattr(self, name) and name not in self._buffers:
             raise ValueError(f"register_buffer: {type(self).__name__} already has an attribute {name!r}")
+        buffer = Tensor(array)
         self._buffers = (*(other for other in self._buffers if other != name), name)
-        setattr(self, name, Tensor(array))
+        setattr(self, name, buffer)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._buffers and not isinstance(value, Tensor):
