@@ -22,8 +22,9 @@ class Tensor:
     """An n-dimensional array that records how it was computed.
 
     `data` is the raw array (NumPy or CuPy; its device is the tensor's device). `grad` is the raw array of the
-    same shape and dtype that backward fills, on leaves that require a gradient (and after `retain_grad()`). Lists of floats and Python floats
-    become float32, or `dtype`; arrays keep their dtype. A tensor of integers or booleans has no gradient.
+    same shape and dtype that backward fills, on leaves that require a gradient and after `retain_grad()`. Lists of
+    floats and Python floats become float32, or `dtype`; arrays keep their dtype. A tensor of integers or booleans has
+    no gradient.
 
     `Tensor(array)` shares the array's memory; `tensor(array)` and `Parameter(array)` copy it. Raises TypeError for
     anything but an array of numbers (also for np.matrix and masked arrays).
