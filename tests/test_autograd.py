@@ -960,6 +960,17 @@ def test_a_retained_gradient_is_the_tensors_own(device):
     assert_close(z.grad, [9.0, 9.0])
 
 
+def test_an_output_that_the_loss_ignores_retains_no_gradient(device):
+    """As in PyTorch: None, not zeros."""
+    for x in (device.leaf([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0], requires_grad=True)):
+        left, middle, right = (x * 1).split(1)
+        for t in (left, middle, right):
+            t.retain_grad()
+        (middle * 2).sum().backward()
+        assert left.grad is right.grad is None
+        assert middle.grad.tolist() == [2.0]
+
+
 def test_without_retain_grad_only_leaves_have_a_gradient(device):
     x = device.leaf([1.0])
     y = x * 2
