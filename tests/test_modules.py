@@ -94,6 +94,18 @@ def test_a_module_list_is_found_as_a_plain_list_is():
         nn.ModuleList(blocks)(1)
 
 
+def test_a_containers_other_attributes_are_no_part_of_the_list():
+    """But their parameters are the container's."""
+
+    class Scaled(nn.Sequential):
+        def __init__(self):
+            super().__init__(nn.ReLU())
+            self.other = nn.Linear(1, 1)
+
+    assert len(Scaled()) == 1
+    assert [name for name, _ in Scaled().named_parameters()] == ["other.weight", "other.bias"]
+
+
 def test_a_sequential_is_trained():
     """XOR, which needs the layer between."""
     tinylm.random.seed(0)
