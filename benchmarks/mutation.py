@@ -38,8 +38,8 @@ from mutation_plugin import IMPORT, LIMITS, LOG, TRACE
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE = """
-    array autograd composed dtypes errors generate generation gpt gradcheck half nn optim optimizer parallel precision
-    random recompute registry settings tensor ops/**/* fused/**/*
+    array autograd composed creation dtypes errors generation gpt gradcheck half optim optimizer parallel precision
+    random recompute registry settings tensor nn/**/* ops/**/* fused/**/*
 """
 MODES = ("", "--fused")
 STATUSES = ("killed", "timeout", "survived")

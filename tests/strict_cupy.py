@@ -22,9 +22,9 @@ import numpy as np
 
 # Names -> the keywords that they take.
 FUNCTIONS = {
-    "abs absolute add divide equal exp expm1 floor_divide greater greater_equal isfinite isinf isnan less less_equal "
-    "log log1p logical_and logical_not logical_or maximum minimum multiply negative not_equal power reciprocal "
-    "sign sqrt square subtract tanh true_divide": "out dtype casting",
+    "abs absolute add cos divide equal exp expm1 floor_divide greater greater_equal isfinite isinf isnan less "
+    "less_equal log log1p logical_and logical_not logical_or maximum minimum multiply negative not_equal power "
+    "reciprocal sign sin sqrt square subtract tanh true_divide": "out dtype casting",
     "sum mean prod": "axis dtype out keepdims",
     "std var": "axis dtype ddof out keepdims",
     "max min amax amin all any": "axis out keepdims",

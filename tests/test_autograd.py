@@ -10,6 +10,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from helpers import assert_close
 
 import tinylm
 from tinylm import GPT, GPTConfig, Op, detect_anomaly, enable_grad, is_grad_enabled, no_grad, ops, tensor
@@ -222,7 +223,7 @@ def test_a_deep_ladder_is_walked_once_a_node():
         lambda a, b: a + (a + b),
         lambda a, b: a.reshape(4).reshape(2, 2) + b.T.T,
         lambda a, b: (a + b) * 1.0 + (a + b),
-        lambda a, b: ops.concatenate([a, b])[:2] + ops.concatenate([b, a])[:2],
+        lambda a, b: ops.cat([a, b])[:2] + ops.cat([b, a])[:2],
     ],
 )
 def test_the_users_gradient_is_not_touched_and_leaves_share_no_memory(graph):
@@ -919,3 +920,100 @@ def test_an_op_without_its_halves_says_so():
         Half.apply(leaf()).backward()
     with pytest.raises(NotImplementedError, match="Op has no forward"):
         Op.apply(leaf())
+
+
+# --- retain_grad ------------------------------------------------------------------------------------------------
+
+
+def retained(make, leaf):
+    """The gradients of every tensor of a small graph, retained where an op made it: a, b, the parts of b, loss."""
+    x = leaf([[1.0, -2.0], [3.0, 4.0]])
+    a = x * x
+    b = a * 3 + a
+    left, right = make(b)
+    loss = (left * right * right).sum()
+    for t in (x, a, a, b, left, right, loss):
+        t.retain_grad()
+    loss.backward()
+    return [t.grad for t in (x, a, b, left, right, loss)]
+
+
+def test_retain_grad_is_pytorchs(device):
+    ours = retained(lambda b: b.split(1, axis=1), device.leaf)
+    theirs = retained(lambda b: b.split(1, dim=1), lambda x: torch.tensor(x, requires_grad=True))
+    for got, expected in zip(ours, theirs, strict=True):
+        assert_close(got, expected)
+
+
+def test_a_retained_gradient_is_the_tensors_own(device):
+    """Add passes dy on to both inputs, as the same array: changing one gradient must not change another."""
+    x, w = device.leaf([1.0, 2.0]), device.leaf([5.0, 6.0])
+    y = x * 2
+    z = y + w
+    for t in (y, z):
+        t.retain_grad()
+    z.backward(device.array([1.0, 1.0], np.float32))
+    y.grad *= 7
+    z.grad *= 9
+    assert_close(w.grad, [1.0, 1.0])
+    assert_close(x.grad, [2.0, 2.0])
+    assert_close(z.grad, [9.0, 9.0])
+
+
+def test_an_output_that_the_loss_ignores_retains_no_gradient(device):
+    """As in PyTorch: None, not zeros."""
+    for x in (device.leaf([1.0, 2.0, 3.0]), torch.tensor([1.0, 2.0, 3.0], requires_grad=True)):
+        left, middle, right = (x * 1).split(1)
+        for t in (left, middle, right):
+            t.retain_grad()
+        (middle * 2).sum().backward()
+        assert left.grad is right.grad is None
+        assert middle.grad.tolist() == [2.0]
+
+
+def test_without_retain_grad_only_leaves_have_a_gradient(device):
+    x = device.leaf([1.0])
+    y = x * 2
+    y.sum().backward()
+    assert y.grad is None
+    assert x.grad is not None
+
+
+def test_retain_grad_needs_a_gradient_and_keeps_nothing_alive():
+    with pytest.raises(RuntimeError, match="retain_grad needs a tensor that requires a gradient"):
+        tinylm.tensor([1.0]).retain_grad()
+    x = tinylm.tensor([1.0], requires_grad=True)
+    y = x * 2
+    y.retain_grad()
+    gone, z = weakref.ref(y), y * 3
+    del y
+    assert gone() is None
+    z.backward()
+    assert_close(x.grad, [6.0])
+
+
+def test_a_backward_that_fails_retains_nothing(device):
+    class Broken(Op):
+        def forward(self, x):
+            return x.copy()
+
+        def backward(self, dy):
+            raise KeyError("lost")
+
+    x = device.leaf([1.0])
+    y = Broken.apply(x) * 2
+    y.retain_grad()
+    with pytest.raises(KeyError):
+        y.backward()
+    assert y.grad is None
+
+
+def test_retain_grad_outside_and_at_the_border_of_a_checkpoint(device):
+    x = device.leaf([1.0, 2.0])
+    before = x * 2
+    after = tinylm.recompute.checkpoint(lambda x: x * x, before)
+    for t in (before, after):
+        t.retain_grad()
+    (after * 3).sum().backward()
+    assert_close(after.grad, [3.0, 3.0])
+    assert_close(before.grad, [12.0, 24.0])

@@ -29,7 +29,7 @@ PAIRS = {
     "matmul": (operator.matmul, MATRICES),
     "linear": (ops.linear, MATRICES),
     "linear's bias": (lambda x, b: ops.linear(x, x, b[0]), MATRICES),
-    "concatenate": (lambda a, b: ops.concatenate([a, b]), MATRICES),
+    "cat": (lambda a, b: ops.cat([a, b]), MATRICES),
     "stack": (lambda a, b: ops.stack([a, b]), MATRICES),
     "stack of ()": (lambda a, b: ops.stack([a, b]), SCALARS),
 }
@@ -42,18 +42,23 @@ def floating(x):
 
 # tinylm's op, PyTorch's.
 SINGLE = {
-    **{name: (getattr(ops, name), getattr(torch, name)) for name in ("clone", "neg", "relu", "sum")},
-    **{name: (getattr(ops, name), getattr(torch, name)) for name in ("exp", "log", "sqrt", "tanh")},
+    **{name: (getattr(ops, name), getattr(torch, name)) for name in ("clone", "neg", "relu", "abs", "sum", "tril")},
+    **{name: (getattr(ops, name), getattr(torch, name)) for name in ("exp", "log", "sqrt")},
+    **{name: (getattr(ops, name), getattr(torch, name)) for name in ("tanh", "sigmoid", "sin", "cos")},
     **{f"x**{n}": (lambda x, n=n: x**n, lambda x, n=n: x**n) for n in (2, 3, 2.0, 0.5)},
     "1 / x": (lambda x: 1 / x, lambda x: 1 / x),
     "x < 2": (lambda x: x < 2, lambda x: x < 2),
     "sum over an axis": (lambda x: x.sum(0), lambda x: x.sum(0)),
+    **{f"clamp to {n}": (lambda x, n=n: x.clamp(n),) * 2 for n in (0, 0.5)},
+    **{f"masked_fill with {n}": (lambda x, n=n: x.masked_fill(x < 2, n),) * 2 for n in (0, 0.5)},
     "max": (ops.max, torch.amax),
+    "min": (ops.min, torch.amin),
     "max over an axis": (lambda x: x.max(0), lambda x: x.amax(0)),
     "argmax": (lambda x: x.argmax(), lambda x: floating(x).argmax()),
     "logsumexp": (lambda x: x.logsumexp(1), lambda x: x.logsumexp(1)),
     "mean": (ops.mean, lambda x: floating(x).mean()),
     "var": (ops.var, lambda x: floating(x).var()),
+    "std": (ops.std, lambda x: floating(x).std()),
     "softmax": (ops.softmax, lambda x: floating(x).softmax(-1)),
     "log_softmax": (ops.log_softmax, lambda x: floating(x).log_softmax(-1)),
     "gelu": (ops.gelu, lambda x: torch.nn.functional.gelu(floating(x))),
@@ -115,7 +120,7 @@ def test_one_operand(device, op):
     fn, torch_fn = SINGLE[op]
     wrong = []
     for spec in MATRICES:
-        if op in ("neg", "relu") and spec[0] == "bool":
+        if op in ("neg", "relu", "abs", "clamp to 0", "clamp to 0.5") and spec[0] == "bool":
             continue  # PyTorch raises
         x, torch_x = make(device, spec)
         if what := found(fn(x), torch_fn(torch_x).dtype, x):

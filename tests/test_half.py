@@ -69,7 +69,11 @@ def test_backward_computes_in_float32():
     assert x.grad.dtype == f16
 
 
-@pytest.mark.parametrize("fn", [ops.relu, ops.neg, ops.clone, lambda x: x**2, lambda x: x[1:], ops.gelu, ops.exp])
+FUNCTIONS = [ops.relu, ops.neg, ops.abs, ops.clone, ops.gelu, ops.exp, ops.sigmoid, ops.sin, ops.cos, ops.min, ops.std]
+OTHERS = [lambda x: x**2, lambda x: x[1:], lambda x: x.clamp(0), lambda x: x.reshape(2, 2).tril()]
+
+
+@pytest.mark.parametrize("fn", [*FUNCTIONS, *OTHERS, lambda x: x.masked_fill(x > 0, 2.0)])
 def test_gradients_are_float16_whether_or_not_the_op_promotes(device, fn):
     x = device.leaf(normal(4), f16)
     y = fn(x)

@@ -154,7 +154,7 @@ class Nested(nn.Module):
     def forward(self, x):
         small, (large, deeper) = self.heads["small"], self.heads["large"]
         parts = [small(x), large(x), deeper["deep"][0](x)]
-        return tinylm.ops.concatenate(parts, axis=-1) * self.gains[0] * self.tied[0] * self.gains[1]
+        return tinylm.ops.cat(parts, axis=-1) * self.gains[0] * self.tied[0] * self.gains[1]
 
 
 def test_parameters_in_nested_lists_and_dicts_are_found_and_trained():

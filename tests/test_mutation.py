@@ -142,7 +142,7 @@ def project(tmp_path, monkeypatch):
     files = {
         "pytest.ini": "[pytest]\n",
         "tinylm/__init__.py": "",
-        "tinylm/nn.py": """
+        "tinylm/optim.py": """
 NONE = [None][0]
 
 def loops(x, one):
@@ -157,17 +157,17 @@ def survives(x):
 def unused(x):
     return not x
 """,
-        "tests/conftest.py": "import tinylm.nn",
-        "tests/test_nn.py": """
+        "tests/conftest.py": "import tinylm.optim",
+        "tests/test_optim.py": """
 import sys
 
-from tinylm import nn
+from tinylm import optim
 
 def test_loops():
-    assert nn.loops(-2, 1) == 0
+    assert optim.loops(-2, 1) == 0
 
 def test_survives():
-    assert nn.survives(2) == 2
+    assert optim.survives(2) == 2
 
 def test_untraced():
     assert sys.gettrace() is None
@@ -191,18 +191,18 @@ def test_a_mutant_is_killed_or_loops_or_survives(project, monkeypatch, capsys):
     said = {row["before"]: (row["status"], row["test"], row["tests"]) for row in json.loads(out.read_text())["mutants"]}
     assert said == {
         "NONE = [None][0]": ("killed", "collection", 0),
-        "x = abs(x)": ("timeout", "tests/test_nn.py::test_loops", 1),
-        "while x:": ("killed", "tests/test_nn.py::test_loops", 1),
+        "x = abs(x)": ("timeout", "tests/test_optim.py::test_loops", 1),
+        "while x:": ("killed", "tests/test_optim.py::test_loops", 1),
         "return float(x)": ("survived", "", 3),
         "return not x": ("survived", "", 0),
     }
-    assert "tinylm/nn.py:11  return float(x)  ->  return x" in printed
+    assert "tinylm/optim.py:11  return float(x)  ->  return x" in printed
     assert {path: path.read_bytes() for path in project.rglob("*") if path.is_file()} == before
     assert {path.name for path in project.parent.iterdir()} == {"project", "cache", "out.json"}
 
 
 def test_nothing_is_tried_where_the_tests_fail_on_the_unchanged_code(project, monkeypatch, capsys):
-    (project / "tests" / "test_nn.py").write_text("def test_it():\n    assert 1 == 2\n")
+    (project / "tests" / "test_optim.py").write_text("def test_it():\n    assert 1 == 2\n")
     status, printed = run(monkeypatch, capsys)
     assert status == 1
     assert " -> " not in printed

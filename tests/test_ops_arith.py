@@ -1,5 +1,6 @@
 """Element-wise ops: values and gradients, broadcasting, dtypes, and the operators of Tensor."""
 
+import math
 import operator
 
 import numpy as np
@@ -17,7 +18,16 @@ UNARY = {
     "log": (ops.log, torch.log, positive),
     "sqrt": (ops.sqrt, torch.sqrt, positive),
     "tanh": (ops.tanh, torch.tanh, normal),
+    "sin": (ops.sin, torch.sin, normal),
+    "cos": (ops.cos, torch.cos, normal),
+    "sigmoid": (ops.sigmoid, torch.sigmoid, normal),
     "relu": (ops.relu, torch.relu, distinct),
+    "abs": (ops.abs, torch.abs, distinct),
+    "abs()": (abs, abs, distinct),
+    "clamp": (lambda x: x.clamp(-0.5, 0.75), lambda x: x.clamp(-0.5, 0.75), normal),
+    "clamp from below": (lambda x: ops.clamp(x, min=0.2), lambda x: x.clamp(min=0.2), normal),
+    "clamp from above": (lambda x: ops.clamp(x, max=np.float64(0.2)), lambda x: x.clamp(max=0.2), normal),
+    "clamp to the smaller of two": (lambda x: ops.clamp(x, 1, -1), lambda x: x.clamp(1, -1), normal),
     "clone": (ops.clone, torch.clone, normal),
     "pow 0": (lambda x: ops.pow(x, 0), lambda x: x**0, normal),
     "pow 1": (lambda x: ops.pow(x, 1), lambda x: x**1, normal),
@@ -64,6 +74,92 @@ def test_binary_broadcasts(device, name, two):
 def test_where_broadcasts(device, three):
     condition = normal(*three[0], seed=3) > 0
     check(device, ops.where, torch.where, condition, *(normal(*shape, seed=i) for i, shape in enumerate(three[1:])))
+
+
+@given(two=broadcastable())
+def test_masked_fill(device, two):
+    mask, x = normal(*two[0], seed=3) > 0, normal(*two[1])
+    for value in (-1.5, 0, np.float64(2), -math.inf):
+        check(
+            device,
+            lambda m, x, value=value: ops.masked_fill(x, m, value),
+            lambda m, x, value=value: x.masked_fill(m, float(value)),
+            mask,
+            x,
+            differences=value != -math.inf,
+        )
+    check(device, lambda m, x, v: x.masked_fill(m, v), lambda m, x, v: x.masked_fill(m, v), mask, x, normal(seed=1))
+
+
+def test_masked_fill_hides_the_future(device):
+    """The usual masked softmax, with names that a PyTorch user knows."""
+    scores, ones = device.leaf(normal(2, 3, 3)), tinylm.ones(3, 3, device=device.name)
+    p = scores.masked_fill(ones.tril() == 0, -math.inf).softmax()
+    assert_close(p[:, 0], [[1, 0, 0]] * 2)
+    p[:, 1].max().backward()
+    assert_close(scores.grad[:, :, 2], np.zeros((2, 3)))
+
+
+def test_what_masked_fill_refuses(device):
+    x, mask = device.tensor([1.0, 2.0]), device.array([True, False])
+    for wrong, kind in ((device.array([1, 0]), "int64"), ([True, False], "list")):
+        with pytest.raises(TypeError, match=f"masked_fill takes a boolean mask, not {kind}"):
+            x.masked_fill(wrong, 0.0)
+    for wrong, seen in ((x, r"\(2,\)"), ([1.0], "list"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=rf"masked_fill takes one value, not {seen}; where\(mask, values, x\)"):
+            x.masked_fill(mask, wrong)
+
+
+@pytest.mark.parametrize(
+    ("limits", "error"),
+    [
+        ({}, "clamp needs min, max or both"),
+        ({"min": "0"}, "clamp takes numbers as min and max, not str"),
+        ({"max": tinylm.tensor(1.0)}, "clamp takes numbers as min and max, not Tensor"),
+    ],
+)
+def test_what_clamp_refuses(limits, error):
+    with pytest.raises((TypeError, ValueError), match=error):
+        tinylm.tensor([1.0]).clamp(**limits)
+
+
+EDGES = [-math.inf, -2.0, -1.0, -0.0, 0.0, 1.0, 2.0, math.inf, math.nan]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("dy", [1.0, math.inf, math.nan])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: abs(x),
+        lambda x: x.clamp(-1, 1),
+        lambda x: x.clamp(min=0),
+        lambda x: x.clamp(max=-1),
+        lambda x: x.sigmoid(),
+        lambda x: x.sin(),
+        lambda x: x.cos(),
+    ],
+    ids=["abs", "clamp", "min", "max", "sigmoid", "sin", "cos"],
+)
+def test_edges_are_pytorchs(device, fn, dtype, dy):
+    """Kinks, borders, infinities and NaN: the value and the gradient of each."""
+    x, torch_x = device.leaf(EDGES, dtype), torch.tensor(np.array(EDGES, dtype), requires_grad=True)
+    y, torch_y = fn(x), fn(torch_x)
+    y.backward(device.array(np.full(len(EDGES), dy), dtype))
+    torch_y.backward(torch.full_like(torch_y, dy))
+    close = {"rtol": 1e-3, "atol": 1e-3} if dtype == np.float16 else {"rtol": 1e-6, "atol": 1e-7}
+    assert_close(y, torch_y.detach(), **close)
+    assert_close(x.grad, torch_x.grad, **close, what="gradient")
+
+
+def test_sigmoid_far_out_does_not_overflow(device):
+    x = device.leaf([-1e4, -100.0, 100.0, 1e4], np.float64)
+    with np.errstate(all="raise", under="ignore"):
+        y = x.sigmoid()
+        y.sum().backward()
+    assert_close(y, [0.0, math.exp(-100), 1.0, 1.0])
+    assert_close(x.grad[1], math.exp(-100))
 
 
 def test_where_with_numbers(device):
@@ -204,7 +300,7 @@ def test_mixing_devices_names_both(strict_cupy_module):
     with pytest.raises(TypeError, match="Where: inputs on different devices"):
         ops.where(a.data > 1, b, b)
     with pytest.raises(TypeError, match="different devices"):
-        ops.concatenate([a, b])
+        ops.cat([a, b])
 
 
 # --- Tensor -----------------------------------------------------------------------------------------------------
@@ -225,13 +321,19 @@ def test_arrays_on_the_left(device):
         assert_close(y, expected)
 
 
+FUNCTIONS = "exp", "log", "sqrt", "sin", "cos", "tanh", "sigmoid", "relu", "gelu", "abs"
+REDUCTIONS = "sum", "mean", "max", "min", "var", "std", "logsumexp"
+
+
 def test_methods_are_the_functions(device):
     x = device.tensor([[0.5, 1.0], [1.5, 2.0]])
-    for name in ("exp", "log", "sqrt", "tanh", "relu", "gelu", "sum", "mean", "max", "var", "logsumexp", "softmax"):
+    for name in (*FUNCTIONS, *REDUCTIONS, "tril", "softmax"):
         assert_close(getattr(x, name)(), host(getattr(ops, name)(x)), what=name)
     assert_close(x.log_softmax(axis=0), host(ops.log_softmax(x, axis=0)))
     assert_close(x.pow(2), host(x) ** 2)
     assert_close(x.maximum(1.2), np.maximum(host(x), np.float32(1.2)))
+    assert_close(x.clamp(0.75, 1.6), np.clip(host(x), np.float32(0.75), np.float32(1.6)))
+    assert_close(x.masked_fill(x > 1, 9), [[0.5, 1.0], [9.0, 9.0]])
     assert_close(x.matmul(x), host(x) @ host(x))
     assert_close(-x, -host(x))
     assert (+x) is x
@@ -290,8 +392,55 @@ def test_repr(device):
     assert len(repr(device.tensor(np.zeros((1000, 1000))))) < 300
 
 
+def test_format(device):
+    """A number where there is one, as in an f-string of a loss; otherwise the repr."""
+    x, three = device.leaf(2.5), device.tensor([1.0, 2.0, 3.0])
+    assert f"{x * 1:.3f}, {x:8.1e}, {x}" == f"2.500, {2.5:8.1e}, 2.5"
+    assert f"{device.tensor([[2.5]]):.2f} {device.tensor(3):04d}" == "2.50 0003"
+    assert f"{three}" == str(three) == repr(three)
+    assert f"{x!r}" == repr(x)
+    with pytest.raises(TypeError, match=r"'.3f' formats a tensor of one element; this one has shape \(3,\)"):
+        f"{three:.3f}"
+
+
+# What NumPy makes of a Tensor: the values, but never where that would cut the graph silently.
+NUMPYS = {
+    "asarray": lambda x: np.asarray(x),
+    "array": lambda x: np.array(x),
+    "concatenate": lambda x: np.concatenate([x, x]),
+    "stack": lambda x: np.stack([x, x]),
+    "an array beside": lambda x: np.concatenate([np.ones((2, 2)), x]),
+    "allclose": lambda x: np.allclose(x, [[1, 2], [3, 4]]),
+    "dot": lambda x: np.dot(x, x),
+    "where": lambda x: np.where([True, False], x, 0),
+}
+
+
+@pytest.mark.parametrize("name", NUMPYS)
+def test_numpys_functions_of_a_tensor(name):
+    values = np.array([[1, 2], [3, 4]], np.float32)
+    x = tinylm.Tensor(values)
+    np.testing.assert_array_equal(NUMPYS[name](x), NUMPYS[name](values))
+    for with_gradient in (x.clone().requires_grad_(), x.clone().requires_grad_() * 1):
+        with pytest.raises(RuntimeError, match="requires a gradient, which a NumPy array loses; use ops"):
+            NUMPYS[name](with_gradient)
+        assert isinstance(with_gradient.numpy(), np.ndarray)
+
+
+def test_a_numpy_array_of_a_tensor(strict_cupy_module):
+    x = tinylm.tensor([1.0, 2.0])
+    assert np.asarray(x) is x.data
+    assert np.array(x) is not x.data
+    assert np.asarray(x, np.float64).dtype == np.float64
+    with pytest.raises(TypeError, match=r"this tensor is on a GPU, a NumPy array is not; use tensor\.numpy\(\)"):
+        np.asarray(x.cuda())
+    with pytest.raises(RuntimeError, match="requires a gradient"):  # stack() is for this
+        tinylm.tensor([x.requires_grad_().sum(), x.sum()])
+
+
 def test_properties(device):
     x = device.tensor(np.zeros((2, 3)), np.float32)
+    assert x.numel() == 6
     assert (x.shape, x.ndim, x.size, x.nbytes, x.dtype, x.device) == ((2, 3), 2, 6, 24, np.float32, device.name)
     assert x.is_leaf
 

@@ -1,4 +1,4 @@
-"""Reductions: sum, mean, max, var, logsumexp over None, one axis or several, with and without keepdims."""
+"""Reductions: sum, mean, max, min, var, std, logsumexp over None, one axis or several, with and without keepdims."""
 
 import numpy as np
 import pytest
@@ -26,6 +26,8 @@ REDUCTIONS = {
     "mean": (ops.mean, over(torch.mean), normal),
     "max": (ops.max, over(torch.amax), distinct),
     "var": (ops.var, over(lambda x, axis, keepdims: torch.var(x, axis, correction=0, keepdim=keepdims)), normal),
+    "min": (ops.min, over(torch.amin), distinct),
+    "std": (ops.std, over(lambda x, axis, keepdims: torch.std(x, axis, correction=0, keepdim=keepdims)), distinct),
     "logsumexp": (ops.logsumexp, over(torch.logsumexp), normal),
 }
 
@@ -57,6 +59,7 @@ def test_var_with_ddof(device, ddof):
         lambda x: torch.var(x, 1, correction=ddof),
         normal(2, 4),
     )
+    check(device, lambda x: x.std(1, ddof=ddof), lambda x: torch.std(x, 1, correction=ddof), normal(2, 4))
 
 
 def test_var_of_a_large_mean(device):
@@ -65,10 +68,30 @@ def test_var_of_a_large_mean(device):
     assert_close(x.var(), host(x).astype(np.float64).var(), rtol=1e-4)
 
 
-def test_ties_share_the_gradient_of_max(device):
-    x = device.leaf([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0]])
-    x.max(axis=1).sum().backward()
-    assert_close(x.grad, [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]], rtol=1e-6)
+@pytest.mark.parametrize(("name", "sign"), [("max", 1.0), ("min", -1.0)])
+def test_ties_share_the_gradient(device, name, sign):
+    rows = sign * np.array([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [np.nan, 1.0, 1.0], [np.inf, -np.inf, np.inf]])
+    x, torch_x = device.leaf(rows), torch.tensor(rows, requires_grad=True)
+    getattr(x, name)(axis=1).sum().backward()
+    getattr(torch_x, f"a{name}")(1).sum().backward()
+    assert_close(x.grad[:2], [[0, 0.5, 0.5], [1 / 3, 1 / 3, 1 / 3]])
+    assert_close(x.grad, torch_x.grad)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("ddof", [0, 1, 3])
+def test_std_at_zero_variance_is_pytorchs(device, ddof, dtype):
+    """sqrt(var(x)) would have the gradient inf * 0 = NaN."""
+    rows = np.array([[2.0, 2.0, 2.0], [1.0, 2.0, 4.0], [np.inf, 1.0, 1.0], [np.nan, 1.0, 1.0]], dtype)
+    x, torch_x = device.leaf(rows, dtype), torch.tensor(rows, requires_grad=True)
+    y, torch_y = x.std(axis=1, ddof=ddof), torch_x.std(1, correction=ddof)
+    y.backward(device.array(np.ones(4), dtype))
+    torch_y.backward(torch.ones_like(torch_y))
+    rtol = 5e-3 if dtype == np.float16 else 1e-6
+    assert_close(y, torch_y.detach(), rtol)
+    assert_close(x.grad[:2], torch_x.grad[:2], rtol)
+    assert not np.isfinite(host(x.grad[2:])).any()
+    assert not torch_x.grad[2:].isfinite().any()
 
 
 def test_integers_and_booleans_are_counted(device):
@@ -154,5 +177,6 @@ def test_an_axis_that_is_not_there(device, name):
 def test_nothing_to_reduce(device):
     empty = device.tensor(np.zeros((0, 3)))
     assert_close(empty.sum(axis=0), [0.0, 0.0, 0.0])
-    with pytest.raises(ValueError, match=r"zero-size[^$]*Max.forward\(\(0, 3\) float64 \w+\)"):
-        empty.max(axis=0)
+    for name in ("max", "min"):
+        with pytest.raises(ValueError, match=rf"zero-size[^$]*{name.capitalize()}.forward\(\(0, 3\) float64 \w+\)"):
+            getattr(empty, name)(axis=0)

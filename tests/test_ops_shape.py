@@ -1,4 +1,4 @@
-"""Rearranging ops: reshape, transpose, concatenate, stack, split, index, broadcast_to."""
+"""Rearranging ops: reshape, transpose, cat, stack, split, index, broadcast_to, tril."""
 
 import itertools
 
@@ -85,8 +85,25 @@ def test_broadcast_to(device, shape, data):
     check(device, lambda x: ops.broadcast_to(x, new), lambda x: x.broadcast_to(new), normal(*ones))
 
 
+@given(shape=shapes(min_dims=2), diagonal=st.integers(-3, 3))
+def test_tril(device, shape, diagonal):
+    check(device, lambda x: x.tril(diagonal), lambda x: x.tril(diagonal), normal(*shape))
+    check(device, lambda x: ops.tril(x), lambda x: x.tril(), normal(*shape), differences=False)
+
+
+def test_tril_drops_what_is_not_finite(device):
+    x = device.leaf([[1.0, np.inf], [np.nan, 2.0]])
+    y = x.tril()
+    y.backward(device.array([[1, np.inf], [1, 1]], np.float32))
+    assert_close(y, [[1.0, 0.0], [np.nan, 2.0]])
+    assert_close(x.grad, [[1.0, 0.0], [1.0, 1.0]])
+    assert device.tensor([[True, True], [True, True]]).tril().tolist() == [[True, False], [True, True]]
+    with pytest.raises(ValueError, match=r"a triangle needs at least 2 axes[^$]*Tril.forward\(\(3,\) float32"):
+        device.tensor([1.0, 2.0, 3.0]).tril()
+
+
 @draws
-def test_concatenate_and_stack(device, shape, data):
+def test_cat_and_stack(device, shape, data):
     axis = data.draw(st.integers(-len(shape), len(shape) - 1))
     lengths = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=3))
     parts = []
@@ -94,14 +111,14 @@ def test_concatenate_and_stack(device, shape, data):
         size = list(shape)
         size[axis] = n
         parts.append(normal(*size, seed=i))
-    check(device, lambda *xs: ops.concatenate(xs, axis), lambda *xs: torch.cat(xs, axis), *parts)
+    check(device, lambda *xs: ops.cat(xs, axis), lambda *xs: torch.cat(xs, axis), *parts)
     same = [normal(*shape, seed=i) for i in range(len(lengths))]
     for where in (axis, len(shape)):
         check(device, lambda *xs, a=where: ops.stack(xs, a), lambda *xs, a=where: torch.stack(xs, a), *same)
 
 
 def test_one_tensor_twice(device):
-    check(device, lambda x: ops.concatenate([x, x * 2, x]), lambda x: torch.cat([x, x * 2, x]), normal(2, 2))
+    check(device, lambda x: ops.cat([x, x * 2, x]), lambda x: torch.cat([x, x * 2, x]), normal(2, 2))
     check(device, lambda x: ops.stack([x, x], axis=1), lambda x: torch.stack([x, x], 1), normal(2, 2))
 
 
@@ -259,11 +276,11 @@ def test_errors_name_the_op_and_the_shapes(device):
 
 def test_errors_of_several_tensors(device):
     a, b = device.tensor(np.zeros((2, 3)), np.float32), device.tensor(np.zeros((2, 4)), np.float32)
-    with pytest.raises(ValueError, match=r"Concatenate.forward\(\(2, 3\) float32 \w+, \(2, 4\) float32 \w+\)"):
-        ops.concatenate([a, b], axis=0)
+    with pytest.raises(ValueError, match=r"Cat.forward\(\(2, 3\) float32 \w+, \(2, 4\) float32 \w+\)"):
+        ops.cat([a, b], axis=0)
     with pytest.raises(ValueError, match=r"stack needs equal shapes, not \[\(2, 3\), \(2, 4\)\]"):
         ops.stack([a, b])
-    with pytest.raises(ValueError, match="concatenate needs at least one tensor"):
-        ops.concatenate([])
+    with pytest.raises(ValueError, match="cat needs at least one tensor"):
+        ops.cat([])
     with pytest.raises(ValueError, match=r"squeeze|size not equal to one"):
         a.squeeze(0)

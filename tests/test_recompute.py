@@ -535,7 +535,7 @@ def test_frozen_blocks_and_generation():
 
 
 def test_recompute_must_not_be_negative():
-    with pytest.raises(ValueError, match="recompute must not be negative: -1"):
+    with pytest.raises(ValueError, match="recompute must be at least 0, not -1"):
         GPTConfig(11, recompute=-1)
 
 

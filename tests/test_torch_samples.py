@@ -39,9 +39,12 @@ def to(x, *args):
     return x.to(next(a for a in args if isinstance(a, np.dtype)))
 
 
-def var(x, axis=None, unbiased=True, ddof=1, keepdims=False):
+def var(x, axis=None, unbiased=True, ddof=1, keepdims=False, op=ops.var):
     """PyTorch's None is 1."""
-    return ops.var(x, axis, keepdims, (1 if ddof is None else ddof) if unbiased else 0)
+    return op(x, axis, keepdims, (1 if ddof is None else ddof) if unbiased else 0)
+
+
+std = functools.partial(var, op=ops.std)
 
 
 def select(x, axis, i):
@@ -91,6 +94,15 @@ TABLE = [
     ("log", "log", ops.log, 390),
     ("sqrt", "sqrt", ops.sqrt, 350),
     ("tanh", "tanh", ops.tanh, 350),
+    ("sigmoid", "sigmoid", ops.sigmoid, 350),
+    ("sin", "sin", ops.sin, 350),
+    ("cos", "cos", ops.cos, 350),
+    ("abs", "abs", ops.abs, 310),
+    ("clamp", "clamp", ops.clamp, 270),
+    ("clamp", "clamp_min", lambda x, low: ops.clamp(x, low), 900),
+    ("clamp", "clamp_max", lambda x, high: ops.clamp(x, max=high), 900),
+    ("masked_fill", "masked_fill", ops.masked_fill, 190),
+    ("tril", "tril", ops.tril, 190),
     ("relu", "nn.functional.relu", ops.relu, 380),
     ("gelu", "nn.functional.gelu", lambda x, approximate: ops.gelu(x), 24),
     ("where", "where", lambda a, condition, b: ops.where(condition, a, b), 300),
@@ -101,7 +113,10 @@ TABLE = [
     ("sum", "sum", ops.sum, 460),
     ("mean", "mean", ops.mean, 340),
     ("max", "amax", ops.max, 460),
+    ("min", "amin", ops.min, 460),
     ("var", "var", var, 290),
+    ("std", "std", std, 290),
+    ("std", "std/unbiased", lambda x, unbiased: x.std(ddof=int(unbiased)), 69),
     ("var", "var/unbiased", lambda x, unbiased: x.var(ddof=int(unbiased)), 69),
     ("argmax", "argmax", lambda x, axis=None: x.argmax(axis), 150),
     ("logsumexp", "logsumexp", ops.logsumexp, 320),
@@ -118,7 +133,7 @@ TABLE = [
     ("squeeze", "squeeze/multiple", ops.squeeze, 46),
     ("expand_dims", "unsqueeze", ops.expand_dims, 100),
     ("broadcast_to", "broadcast_to", ops.broadcast_to, 81),
-    ("concatenate", "cat", ops.concatenate, 110),
+    ("cat", "cat", ops.cat, 110),
     ("stack", "stack", ops.stack, 100),
     ("split", "split", ops.split, 24),
     ("split", "split_with_sizes", lambda x, sizes, axis=0: x.split(sizes, axis), 46),
@@ -137,7 +152,8 @@ TABLE = [
 NOT_COMPARED = {"dropout"}  # PyTorch draws other numbers
 # These ops see their samples again with NaN and infinities sprinkled in; those of element-wise ops have them already.
 SPECIAL = ([np.nan], [np.inf], [-np.inf], [np.nan, np.inf, -np.inf])
-SPRINKLED = {"where", "sum", "mean", "max", "var", "argmax", "logsumexp", "softmax", "log_softmax", "matmul", "linear"}
+SPRINKLED = {"where", "masked_fill", "tril", "sum", "mean", "max", "min", "var", "std", "argmax", "logsumexp"}
+SPRINKLED |= {"softmax", "log_softmax", "matmul", "linear"}
 SPRINKLED |= {"layer_norm", "cross_entropy", "linear_cross_entropy"}
 # The ops whose cotangents stay finite: they have none, or form their products in another order than PyTorch.
 TAME = {*COMPARISONS, "argmax", "causal_attention", "linear_cross_entropy"}
@@ -173,6 +189,8 @@ def samples(op, info, dtype):
         kwargs = {k: v for k, v in kwargs.items() if k not in NEUTRAL or NEUTRAL[k] not in (v, ...)}
         if info.name == "pow" and isinstance(args[0], torch.Tensor) and args[0].numel():
             args = (args[0].flatten()[0].item(),)  # tinylm's exponents are numbers
+        if info.name.startswith("clamp"):  # and so are its limits
+            args = tuple(x.flatten()[0].item() if isinstance(x, torch.Tensor) and x.numel() else x for x in args)
         if "ignore_index" in kwargs:
             kwargs["ignore_index"] = args[-1].flatten()[0].item()  # one that does occur
         yield [x, *args], kwargs, False
@@ -198,6 +216,12 @@ def refusal(info, offered, args, kwargs):
     match info.name, *args:
         case "pow", _, torch.Tensor():
             return "a tensor as exponent"
+        case (("clamp" | "clamp_min" | "clamp_max"), _, *limits) if any(isinstance(x, torch.Tensor) for x in limits):
+            return "an empty tensor as limit"
+        case (("clamp" | "clamp_min" | "clamp_max"), x, *_) if x.dtype == torch.bool:
+            return "a boolean, which PyTorch limits by a tensor only"
+        case "clamp", x, *limits if x.dtype == torch.uint8 and any(n is not None and n < 0 for n in limits):
+            return "a limit below 0, which PyTorch wraps around"
         case "pow", x, n if n < 0 and not is_float(x):
             return "an integer to a negative power"
         case "nn.functional.gelu", _ if kwargs["approximate"] == "none":

@@ -2,6 +2,7 @@
 
 from . import autograd, composed, nn, ops, optim, random
 from .autograd import Op, detect_anomaly, enable_grad, is_grad_enabled, no_grad
+from .creation import arange, ones, randn, zeros
 from .gpt import GPT, GPTConfig
 from .gradcheck import GradcheckError, gradcheck
 from .registry import engines, override, reference_only
@@ -15,6 +16,7 @@ __all__ = [
     "GradcheckError",
     "Op",
     "Tensor",
+    "arange",
     "autograd",
     "composed",
     "detect_anomaly",
@@ -24,10 +26,13 @@ __all__ = [
     "is_grad_enabled",
     "nn",
     "no_grad",
+    "ones",
     "ops",
     "optim",
     "override",
+    "randn",
     "random",
     "reference_only",
     "tensor",
+    "zeros",
 ]

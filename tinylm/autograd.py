@@ -76,6 +76,7 @@ class Op:
     needs: Sequence[bool] = ()  # needs[i]: input i requires a gradient
     override: registry.override | None = None  # the `override` block that chose this class
     prints: Any = None  # checksums of the saved arrays, for detect_anomaly()
+    retained: Sequence[Any] = ()  # weak references to the outputs that keep their gradient
 
     def forward(self, *arrays: Any) -> Any:
         raise NotImplementedError(f"{self.name()} has no forward")
@@ -229,7 +230,7 @@ class Walk:
         self.nodes: list[Op] = []  # the newest last
         self.sums: dict[Any, Array] = {}  # by op (output 0), (op, slot) for slot > 0, or leaf
         self.ours: set[Any] = set()  # keys of the sums that only the walk holds: it may add to them in place
-        self.leaves: list[Tensor] = []
+        self.leaves: list[Tensor] = []  # and the tensors that retain their gradient
 
     def begin(self, roots: Sequence[tuple["Tensor", Array]], since: int = 0) -> None:
         """Start from these tensors with these gradients; nodes older than `since` are in the walk already."""
@@ -249,6 +250,9 @@ class Walk:
             if dys[0] is None and all(dy is None for dy in dys):
                 op.parents, op.saved = None, ()
                 continue
+            for tensor in [x for x in (ref() for ref in op.retained) if x is not None and dys[x.slot] is not None]:
+                self.leaves.append(tensor)
+                self.sums[tensor] = dys[tensor.slot]
             try:
                 if record.anomaly and op.prints is not None:
                     errors.check_unchanged(op, *op.prints)

@@ -125,8 +125,9 @@ class Screen:
     """
 
     def __enter__(self) -> "Screen":
-        self.stream, self.error = sys.stdout, None
-        sys.stdout = self  # type: ignore[assignment]
+        self.stream: Any = sys.stdout
+        self.error: OSError | None = None
+        sys.stdout = self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -146,7 +147,7 @@ class Screen:
         try:
             act()
         except OSError as error:
-            self.error: OSError | None = self.error or error
+            self.error = self.error or error
             discard(self.stream)
 
     def __getattr__(self, name: str) -> Any:

@@ -1,9 +1,10 @@
-"""Error messages about a wrong op: its class, file and line, what it returned and what was expected."""
+"""Error messages: about a wrong op (its class, file and line, what it returned), and about wrong arguments."""
 
 import inspect
 import zlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -11,6 +12,8 @@ from .array import Array, all_finite, array_module, device_of, is_array, to_devi
 
 if TYPE_CHECKING:
     from .autograd import Op
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def describe(arrays: Sequence[Any]) -> str:
@@ -103,3 +106,57 @@ def check_unchanged(
                 f"{op.name()}: {which} {describe([array])}, saved for backward, was changed in place after forward; "
                 "change it after backward, or assign a new array"
             )
+
+
+# --- wrong arguments --------------------------------------------------------------------------------------------
+
+_NUMPYS = {"dim": "axis", "keepdim": "keepdims"}  # PyTorch's word -> NumPy's
+
+
+def numpy_names(function: Function) -> Function:
+    """Decorator of ops with an axis: PyTorch's `dim` or `keepdim` raises a TypeError that names NumPy's word."""
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if kwargs and (name := next((name for name in _NUMPYS if name in kwargs), None)):
+            raise TypeError(f"{function.__name__}() takes {_NUMPYS[name]}=, as NumPy does, not {name}=")
+        return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def check_is_array(name: str, x: Any) -> None:
+    """Raise TypeError for a number or None where an op needs an array."""
+    if not hasattr(x, "dtype"):
+        raise TypeError(f"{name} must be a Tensor or an array, not {x!r}")
+
+
+def check_sizes(who: str, least: int = 1, **sizes: Any) -> None:
+    """Raise TypeError unless all are integers, ValueError unless all are at least `least`."""
+    for name, n in sizes.items():
+        if not isinstance(n, int | np.integer) or isinstance(n, bool):
+            raise TypeError(f"{who}: {name} must be an integer, not {n!r}")
+        if n < least:
+            raise ValueError(f"{who}: {name} must be at least {least}, not {n}")
+
+
+def check_flag(who: str, **flags: Any) -> None:
+    """Raise TypeError unless all are booleans."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | np.bool):
+            raise TypeError(f"{who}: {name} must be True or False, not {flag!r}")
+
+
+def check_number(who: str, **numbers: Any) -> None:
+    """Raise TypeError unless all are numbers."""
+    for name, x in numbers.items():
+        if not isinstance(x, int | float | np.integer | np.floating) or isinstance(x, bool):
+            raise TypeError(f"{who}: {name} must be a number, not {x!r}")
+
+
+def check_probability(who: str, **numbers: Any) -> None:
+    """Raise TypeError unless all are numbers, ValueError unless 0 <= p < 1."""
+    check_number(who, **numbers)
+    for name, p in numbers.items():
+        if not 0 <= p < 1:
+            raise ValueError(f"{who}: {name} must be at least 0 and below 1, not {p}")

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import generation, ops, random
-from .array import Array, array_module
+from .array import Array, array_module, is_array
+from .errors import check_flag, check_probability, check_sizes
 from .nn import Dropout, Embedding, LayerNorm, Linear, Module
 from .recompute import checkpoint
 from .tensor import Tensor
@@ -16,7 +17,10 @@ from .tensor import Tensor
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT. Raises ValueError for sizes that are not positive or do not fit together."""
+    """The shape of a GPT.
+
+    Raises ValueError for sizes that are not positive or do not fit together, TypeError for what is no size.
+    """
 
     vocab_size: int
     block_size: int = 64  # the longest sequence, in tokens
@@ -28,15 +32,13 @@ class GPTConfig:
     recompute: int = 0  # blocks whose activations are recomputed together in backward; 0 keeps all activations
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.recompute < 0:
-            raise ValueError(f"recompute must not be negative: {self.recompute}")
+        sizes = ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
+        check_sizes("GPTConfig", **{name: getattr(self, name) for name in sizes})
+        check_sizes("GPTConfig", least=0, recompute=self.recompute)
+        check_probability("GPTConfig", dropout=self.dropout)
+        check_flag("GPTConfig", bias=self.bias)
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) must be divisible by n_head ({self.n_head})")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1, not {self.dropout}")
 
 
 class KeyValues:
@@ -147,6 +149,8 @@ class GPT(Module):
     """A language model: token ids (B, T) -> logits (B, T, V). The output layer is the token embedding, transposed."""
 
     def __init__(self, config: GPTConfig):
+        if not isinstance(config, GPTConfig):
+            raise TypeError(f"GPT takes a GPTConfig, not {type(config).__name__}; write GPT(GPTConfig(vocab_size=...))")
         self.config = config
         self.transformer = Transformer(config)
         self._initialise()
@@ -166,6 +170,8 @@ class GPT(Module):
         With `cache`, from `new_cache()`, the ids follow those already seen and are added to the cache.
         """
         ids = ids.data if isinstance(ids, Tensor) else ids
+        if not is_array(ids):
+            raise TypeError(f"GPT takes ids as a Tensor or an array, not {type(ids).__name__}; try tensor(ids)")
         seen = cache[0].length if cache else 0
         if ids.ndim != 2 or not 1 <= ids.shape[1] <= self.config.block_size - seen:
             raise ValueError(

@@ -191,11 +191,11 @@ class _Thread(threading.Thread):
 
 
 def replica(model: Module) -> Module:
-    """A copy of the model that shares the weights' memory and has its own gradients."""
+    """A copy of the model that shares the memory of weights and buffers, and has its own gradients."""
     shared: dict[int, Any] = {}
-    for p in model.parameters():
-        shared[id(p)] = copy.copy(p)
-        shared[id(p)].grad = None
+    for x in (*model.parameters(), *model.buffers()):
+        shared[id(x)] = copy.copy(x)
+        shared[id(x)].grad = None
     return copy.deepcopy(model, shared)
 
 

@@ -4,6 +4,7 @@ The operators and methods are the functions of `tinylm.ops`, under the names tha
 """
 
 import copy
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from . import autograd, ops
 from .array import Array, array_module, device_of, is_array, plain, to_device
+from .errors import numpy_names
 from .ops.gelu import gelu as _gelu  # not ops.gelu: to a type checker that is the module
 from .ops.matmul import matmul as _matmul
 from .ops.softmax import softmax as _softmax
@@ -20,8 +22,9 @@ class Tensor:
     """An n-dimensional array that records how it was computed.
 
     `data` is the raw array (NumPy or CuPy; its device is the tensor's device). `grad` is the raw array of the
-    same shape and dtype that backward fills, on leaves that require a gradient. Lists of floats and Python floats
-    become float32, or `dtype`; arrays keep their dtype. A tensor of integers or booleans has no gradient.
+    same shape and dtype that backward fills, on leaves that require a gradient and after `retain_grad()`. Lists of
+    floats and Python floats become float32, or `dtype`; arrays keep their dtype. A tensor of integers or booleans has
+    no gradient.
 
     `Tensor(array)` shares the array's memory; `tensor(array)` and `Parameter(array)` copy it. Raises TypeError for
     anything but an array of numbers (also for np.matrix and masked arrays).
@@ -87,6 +90,10 @@ class Tensor:
         """Number of elements."""
         return self.data.size
 
+    def numel(self) -> int:
+        """Number of elements: `size` under PyTorch's name."""
+        return self.data.size
+
     @property
     def nbytes(self) -> int:
         return self.data.nbytes
@@ -124,6 +131,16 @@ class Tensor:
         """The values as a NumPy array: the tensor's own memory on a CPU, a copy from a GPU."""
         return to_device(self.data, "cpu")
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """For np.asarray and NumPy's functions. Raises RuntimeError where a gradient is required: it would be lost."""
+        if self.requires_grad:
+            raise RuntimeError(
+                "this tensor requires a gradient, which a NumPy array loses; use ops, or tensor.numpy() for the values"
+            )
+        if self.device != "cpu":
+            raise TypeError("this tensor is on a GPU, a NumPy array is not; use tensor.numpy(), which copies")
+        return np.array(self.data, dtype, copy=copy)
+
     def item(self) -> Any:
         """The only value as a Python number. Raises ValueError unless the tensor has one element."""
         if self.size != 1:
@@ -139,6 +156,14 @@ class Tensor:
     def __int__(self) -> int:
         return int(self.item())
 
+    def __format__(self, spec: str) -> str:
+        """f"{loss:.3f}": the only value, formatted as a number. Raises TypeError for several elements."""
+        if self.ndim == 0 or (spec and self.size == 1):
+            return format(self.item(), spec)
+        if spec:
+            raise TypeError(f"{spec!r} formats a tensor of one element; this one has shape {self.shape}")
+        return str(self)
+
     def __bool__(self) -> bool:
         if self.size != 1:
             raise ValueError(f"the truth value of a tensor of shape {self.shape} is ambiguous; use .any() or .all()")
@@ -150,6 +175,7 @@ class Tensor:
     def all(self) -> bool:
         return bool(self.data.all())
 
+    @numpy_names
     def argmax(self, axis: int | None = None) -> "Tensor":
         return Tensor(array_module(self.data).asarray(self.data.argmax(axis=axis)))
 
@@ -173,6 +199,16 @@ class Tensor:
             raise TypeError(f"only a floating tensor can require a gradient, not one of {self.dtype}")
         self.requires_grad = requires_grad
         return self
+
+    def retain_grad(self) -> None:
+        """Let backward fill `.grad` of this tensor too, though an op made it; nothing changes for a leaf.
+
+        Raises RuntimeError for a tensor that requires no gradient.
+        """
+        if not self.requires_grad:
+            raise RuntimeError("retain_grad needs a tensor that requires a gradient; this one was made without one")
+        if self.op is not None and all(ref() is not self for ref in self.op.retained):
+            self.op.retained = (*self.op.retained, weakref.ref(self))
 
     def zero_grad(self) -> None:
         self.grad = None
@@ -268,18 +304,26 @@ class Tensor:
     exp = ops.exp
     log = ops.log
     sqrt = ops.sqrt
+    sin = ops.sin
+    cos = ops.cos
     tanh = ops.tanh
+    sigmoid = ops.sigmoid
     relu = ops.relu
     gelu = _gelu
+    abs = __abs__ = ops.abs
+    clamp = ops.clamp
     pow = ops.pow
     maximum = ops.maximum
+    masked_fill = ops.masked_fill
     clone = ops.clone
     astype = ops.cast
 
     sum = ops.sum
     mean = ops.mean
     max = ops.max
+    min = ops.min
     var = ops.var
+    std = ops.std
     logsumexp = ops.logsumexp
     softmax = _softmax
     log_softmax = ops.log_softmax
@@ -295,6 +339,7 @@ class Tensor:
     squeeze = ops.squeeze
     split = ops.split
     chunk = ops.chunk
+    tril = ops.tril
 
 
 def _raw(x: Any) -> Any:

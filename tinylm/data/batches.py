@@ -35,13 +35,14 @@ def get_batch(
 
     A step's batch of `batch_size` sequences depends only on (seed, step), so micro-batches and workers that take parts
     of it see the same sequences however it is divided, and only `rows` are read. A target is the token after the input.
-    Raises ValueError for fewer than block_size + 1 tokens, TypeError for tokens that are not integers.
+    Raises ValueError for fewer than block_size + 1 tokens, TypeError for tokens that are no array of integers.
     """
+    if not (hasattr(tokens, "dtype") and tokens.dtype.kind in "iu"):
+        seen = getattr(tokens, "dtype", type(tokens).__name__)
+        raise TypeError(f"get_batch takes an array of integer tokens, not {seen}")
     positions = len(tokens) - block_size
     if positions < 1:
         raise ValueError(f"{len(tokens)} tokens are too few for a block of {block_size} and its target")
-    if tokens.dtype.kind not in "iu":
-        raise TypeError(f"get_batch: tokens must be integers, not {tokens.dtype}")
     starts = random.generator(random.BATCHES, seed, step).integers(positions, size=batch_size)[rows]
     windows = tokens[starts[:, None] + np.arange(block_size + 1)].astype(np.int64)
     return windows[:, :-1], windows[:, 1:]

@@ -25,11 +25,11 @@ class CharTokenizer:
     """One token per character. `characters` are in the order of their ids; `of(text)` sorts them."""
 
     def __init__(self, characters: str):
-        if not isinstance(characters, str) or len(set(characters)) != len(characters) or not characters:
-            raise ValueError("a character tokenizer needs a string of at least one character, each of them once")
+        self._codes = code_points(characters)
+        if len(set(characters)) != len(characters) or not characters:
+            raise ValueError("a character tokenizer needs at least one character, each of them once")
         self.characters = characters
         self.vocab_size = len(characters)
-        self._codes = code_points(characters)
         self._order = np.argsort(self._codes)
 
     @classmethod
@@ -61,7 +61,9 @@ class ByteTokenizer:
     vocab_size = 256
 
     def encode(self, text: str) -> np.ndarray:
-        """Token ids (N,), uint16."""
+        """Token ids (N,), uint16. Raises TypeError for anything but a str."""
+        if not isinstance(text, str):
+            raise TypeError(f"a tokenizer takes text as a str, not {type(text).__name__}")
         return np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8).astype(np.uint16)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
@@ -84,7 +86,7 @@ def make_tokenizer(description: Mapping[str, Any]) -> Any:
 
 
 def code_points(text: str) -> np.ndarray:
-    """The Unicode code point of each character, uint32."""
+    """The Unicode code point of each character, uint32. Raises TypeError for anything but a str."""
     if not isinstance(text, str):
-        raise TypeError(f"a tokenizer encodes a str, not {type(text).__name__}")
+        raise TypeError(f"a tokenizer takes text as a str, not {type(text).__name__}")
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)

@@ -1,4 +1,4 @@
-"""Element-wise arithmetic and functions: forward above backward.
+"""Element-wise arithmetic, choosing between operands, and casts: forward above backward.
 
 The tape converts the inputs to one dtype and undoes broadcasting, so each backward is just the formula.
 """
@@ -20,12 +20,6 @@ class Binary(Op):
 
     promotes = slice(None)
     broadcasts = True
-
-
-class Function(Op):
-    """An element-wise function of floating numbers."""
-
-    floats = slice(None)
 
 
 class Add(Binary):
@@ -99,60 +93,6 @@ class Pow(Op):
         (x,) = self.saved
         n = self.exponent
         return dy * (n * _power(x, n - 1)) if n != 0 else array_module(x).zeros_like(x)
-
-
-class Exp(Function):
-    def forward(self, x):
-        y = array_module(x).exp(x)
-        self.save(y)
-        return y
-
-    def backward(self, dy):
-        (y,) = self.saved
-        return dy * y
-
-
-class Log(Function):
-    def forward(self, x):
-        self.save(x)
-        return array_module(x).log(x)
-
-    def backward(self, dy):
-        (x,) = self.saved
-        return dy / x
-
-
-class Sqrt(Function):
-    def forward(self, x):
-        y = array_module(x).sqrt(x)
-        self.save(y)
-        return y
-
-    def backward(self, dy):
-        (y,) = self.saved
-        return dy / (2 * y)
-
-
-class Tanh(Function):
-    def forward(self, x):
-        y = array_module(x).tanh(x)
-        self.save(y)
-        return y
-
-    def backward(self, dy):
-        (y,) = self.saved
-        return dy * (1 - y * y)
-
-
-class Relu(Op):
-    def forward(self, x):
-        y = array_module(x).maximum(x, 0)
-        self.save(y)
-        return y
-
-    def backward(self, dy):
-        (y,) = self.saved
-        return array_module(dy).where(y <= 0, 0, dy)  # where y is NaN, dx = dy, as in PyTorch
 
 
 class Maximum(Binary):
@@ -246,31 +186,6 @@ def pow(x: Any, exponent: float) -> "Tensor":
     return Pow.apply(x, exponent=exponent)
 
 
-def exp(x: Any) -> "Tensor":
-    """e ** x."""
-    return Exp.apply(x)
-
-
-def log(x: Any) -> "Tensor":
-    """Natural logarithm."""
-    return Log.apply(x)
-
-
-def sqrt(x: Any) -> "Tensor":
-    """Square root; the gradient at 0 is infinite."""
-    return Sqrt.apply(x)
-
-
-def tanh(x: Any) -> "Tensor":
-    """Hyperbolic tangent."""
-    return Tanh.apply(x)
-
-
-def relu(x: Any) -> "Tensor":
-    """max(x, 0); the gradient at 0 is 0."""
-    return Relu.apply(x)
-
-
 def maximum(a: Any, b: Any) -> "Tensor":
     """The larger of a and b element by element, broadcasting; at a tie each gets half of the gradient."""
     return Maximum.apply(a, b)
@@ -285,6 +200,22 @@ def where(condition: Any, a: Any, b: Any) -> "Tensor":
         xp = array_module(condition.data if hasattr(condition, "requires_grad") else condition)
         a = xp.asarray(a, dtype=result_type([a, b]))
     return Where.apply(condition, a, b)
+
+
+def masked_fill(x: Any, mask: Any, value: Any) -> "Tensor":
+    """`value` where `mask` holds, else x; in x's dtype, broadcasting. `mask` is a boolean tensor or array.
+
+    `value` is a number or of shape (). Raises TypeError for another, and for a mask that is not boolean.
+    """
+    if (kind := getattr(mask, "dtype", type(mask).__name__)) != np.dtype(bool):
+        raise TypeError(f"masked_fill takes a boolean mask, not {kind}")
+    data = x.data if hasattr(x, "requires_grad") else x
+    number = isinstance(value, int | float | np.generic)
+    if not number and getattr(value, "shape", None) != ():
+        seen = getattr(value, "shape", type(value).__name__)
+        raise TypeError(f"masked_fill takes one value, not {seen}; where(mask, values, x) takes several")
+    value = array_module(data).asarray(value, dtype=x.dtype) if number else cast(value, x.dtype)
+    return where(mask, value, x)
 
 
 def cast(x: Any, dtype: Any) -> "Tensor":

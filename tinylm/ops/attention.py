@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from .. import random
 from ..array import array_module, largest, row_dot
 from ..autograd import Op
+from ..errors import check_probability
 from .dropout import keep_mask
 from .matmul import product
 
@@ -81,7 +82,6 @@ def causal_attention(q: Any, k: Any, v: Any, dropout: float = 0.0, training: boo
     the probability of dropping an attention weight while `training`. Raises ValueError for T > S and for shapes
     that do not match.
     """
-    if not 0 <= dropout < 1:
-        raise ValueError(f"causal_attention: dropout must be at least 0 and below 1, not {dropout}")
+    check_probability("causal_attention", dropout=dropout)
     rate = dropout if training else 0.0
     return CausalAttention.apply(q, k, v, dropout=rate, key=random.next_key() if rate else None)

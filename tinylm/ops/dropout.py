@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 from .. import random
 from ..array import Array
 from ..autograd import Op
+from ..errors import check_probability
 
 if TYPE_CHECKING:
     from ..tensor import Tensor
@@ -38,10 +39,9 @@ class Dropout(Op):
 def dropout(x: Any, p: float, training: bool = True) -> "Tensor":
     """Zero each element of `x` with probability `p` and scale the others by 1 / (1 - p); `x` itself if not `training`.
 
-    Raises ValueError unless 0 <= p < 1.
+    Raises ValueError unless 0 <= p < 1, TypeError if it is no number.
     """
-    if not 0 <= p < 1:
-        raise ValueError(f"dropout: p must be at least 0 and below 1, not {p}")
+    check_probability("dropout", p=p)
     if p == 0 or not training:
         return x
     return Dropout.apply(x, p=p, key=random.next_key())

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..array import array_module, scatter_add
 from ..autograd import Op
+from ..errors import check_is_array
 from .matmul import rows
 
 if TYPE_CHECKING:
@@ -20,8 +21,9 @@ class Embedding(Op):
     def forward(self, weight, ids):
         if weight.ndim != 2:
             raise ValueError("weight must be of shape (V, C)")
+        check_is_array("ids", ids)
         if ids.dtype.kind not in "iu":
-            raise TypeError("ids must be integers")
+            raise TypeError(f"ids must be integers, not {ids.dtype}")
         V = len(weight)
         if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= V):
             wrong = ids.min() if int(ids.min()) < 0 else ids.max()

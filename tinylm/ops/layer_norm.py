@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..array import array_module, row_dot
 from ..autograd import Op
+from ..errors import check_is_array
 from .matmul import column_sums
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class LayerNorm(Op):
     @staticmethod
     def check(x, weight, bias):
         """Raise ValueError if the shapes do not match."""
+        check_is_array("x", x)
         if x.ndim == 0 or weight.shape != x.shape[-1:] or (bias is not None and bias.shape != weight.shape):
             raise ValueError(f"weight and bias must be of shape {x.shape[-1:]}, the last axis of x")
 

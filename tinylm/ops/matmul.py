@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..array import Array, array_module
 from ..autograd import Op, unbroadcast
+from ..errors import check_is_array
 from ..registry import replaceable
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Linear(Op):
     autocasts = "inputs"
 
     def forward(self, x, weight, bias):
+        check_is_array("x", x)
         if weight.ndim != 2 or x.shape[-1:] != weight.shape[1:]:
             raise ValueError(f"weight must be (out, in) with in = {x.shape[-1] if x.ndim else 'the last axis of x'}")
         if bias is not None and bias.shape != weight.shape[:1]:

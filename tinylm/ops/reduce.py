@@ -1,4 +1,7 @@
-"""Reductions: sum, mean, max, var, logsumexp. `axis` is None (all), an integer or a tuple; `keepdims` as in NumPy."""
+"""Reductions: sum, mean, max, min, var, std, logsumexp.
+
+`axis` is None (all), an integer or a tuple; `keepdims` as in NumPy.
+"""
 
 import builtins
 import math
@@ -9,6 +12,7 @@ from numpy.lib.array_utils import normalize_axis_tuple
 
 from ..array import array_module, largest
 from ..autograd import Op
+from ..errors import numpy_names
 
 if TYPE_CHECKING:
     from ..tensor import Tensor
@@ -70,15 +74,20 @@ class Var(Reduction):
     floats = slice(None)
     ddof: int
 
-    def forward(self, x):
+    def moments(self, x):
+        """x - mean(x), and the variance, its axes kept."""
         self.measure(x)
         self.divisor = array_module(x).asarray(
             builtins.max(0, self.count - self.ddof), x.dtype
         )  # an array: x/0 is then inf or NaN, not an error
         with np.errstate(divide="ignore", invalid="ignore"):
             centred = x - self.total(x) / builtins.max(1, self.count)
-            self.save(centred)
-            return self.finish(self.total(centred * centred) / self.divisor)
+            return centred, self.total(centred * centred) / self.divisor
+
+    def forward(self, x):
+        centred, y = self.moments(x)
+        self.save(centred)
+        return self.finish(y)
 
     def backward(self, dy):
         (centred,) = self.saved
@@ -86,20 +95,46 @@ class Var(Reduction):
             return self.stretch(dy * 2 / self.divisor) * centred
 
 
+class Std(Var):
+    """y = sqrt(var(x)); dx = (x - mean(x)) / ((n - ddof) y) dy, and 0 where y is 0, as in PyTorch."""
+
+    def forward(self, x):
+        centred, variance = self.moments(x)
+        y = array_module(x).sqrt(variance)
+        self.save(centred, y)
+        return self.finish(y)
+
+    def backward(self, dy):
+        centred, y = self.saved
+        with np.errstate(divide="ignore", invalid="ignore"):
+            dvariance = array_module(y).where(y == 0, 0, dy.reshape(self.kept) / (2 * y))
+            return self.stretch(dvariance * 2 / self.divisor) * centred
+
+
 class Max(Reduction):
     """Equal maxima share the gradient equally, as in PyTorch's amax."""
 
     def forward(self, x):
         self.measure(x)
-        y = x.max(axis=self.axes, keepdims=True)
+        y = self.winner(x)
         self.save(x, y)
         return self.finish(y)
+
+    def winner(self, x):
+        return x.max(axis=self.axes, keepdims=True)
 
     def backward(self, dy):
         x, y = self.saved
         winners = (x == y).astype(dy.dtype)
         with np.errstate(divide="ignore", invalid="ignore"):  # if the maximum is NaN, no element equals it
             return winners * self.stretch(dy.reshape(self.kept) / self.total(winners))
+
+
+class Min(Max):
+    """As Max."""
+
+    def winner(self, x):
+        return x.min(axis=self.axes, keepdims=True)
 
 
 class LogSumExp(Reduction):
@@ -123,21 +158,31 @@ class LogSumExp(Reduction):
             return array_module(x).exp(x - y) * self.stretch(dy)
 
 
+@numpy_names
 def sum(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
     """Sum over `axis`; integers and booleans are summed in int64."""
     return Sum.apply(x, axis=axis, keepdims=keepdims)
 
 
+@numpy_names
 def mean(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
     """Mean over `axis`; float32 for integers and booleans."""
     return Mean.apply(x, axis=axis, keepdims=keepdims)
 
 
+@numpy_names
 def max(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
     """Largest element over `axis`; ties share the gradient. Raises ValueError if there are no elements."""
     return Max.apply(x, axis=axis, keepdims=keepdims)
 
 
+@numpy_names
+def min(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
+    """Smallest element over `axis`; ties share the gradient. Raises ValueError if there are no elements."""
+    return Min.apply(x, axis=axis, keepdims=keepdims)
+
+
+@numpy_names
 def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> "Tensor":
     """Variance over `axis`: the sum of squared deviations over n - ddof (NumPy's default 0; PyTorch's is 1).
 
@@ -146,6 +191,13 @@ def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> "Te
     return Var.apply(x, axis=axis, keepdims=keepdims, ddof=ddof)
 
 
+@numpy_names
+def std(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> "Tensor":
+    """Standard deviation over `axis`: the square root of `var`. Where it is 0 the gradient is 0."""
+    return Std.apply(x, axis=axis, keepdims=keepdims, ddof=ddof)
+
+
+@numpy_names
 def logsumexp(x: Any, axis: Axis = None, keepdims: bool = False) -> "Tensor":
     """log(sum(exp(x))) over `axis`, without overflow; -inf entries contribute nothing."""
     return LogSumExp.apply(x, axis=axis, keepdims=keepdims)

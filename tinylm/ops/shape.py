@@ -1,4 +1,4 @@
-"""Rearranging: reshape, transpose, concatenate, split, index. No op here saves an array."""
+"""Rearranging: reshape, transpose, cat, split, index, tril. No op here saves an array."""
 
 import itertools
 from collections.abc import Sequence
@@ -8,6 +8,7 @@ import numpy as np
 
 from ..array import array_module, device_of, is_array, scatter_add
 from ..autograd import Op
+from ..errors import numpy_names
 
 if TYPE_CHECKING:
     from ..tensor import Tensor
@@ -54,7 +55,7 @@ class SwapAxes(Moves):
         return dy.swapaxes(self.axis1, self.axis2)
 
 
-class Concatenate(Moves):
+class Cat(Moves):
     promotes = slice(None)
     axis: int
 
@@ -92,6 +93,18 @@ class BroadcastTo(Moves):
         return dy
 
 
+class Tril(Moves):
+    diagonal: int
+
+    def forward(self, x):
+        if x.ndim < 2:
+            raise ValueError("a triangle needs at least 2 axes")
+        return array_module(x).tril(x, self.diagonal)
+
+    def backward(self, dy):
+        return array_module(dy).tril(dy, self.diagonal)
+
+
 class Index(Moves):
     key: tuple[Any, ...]
 
@@ -114,7 +127,7 @@ class Index(Moves):
 
 def reshape(x: Any, *shape: Any) -> "Tensor":
     """The same elements in another shape; one dimension may be -1. Takes reshape(x, 2, 3) and reshape(x, (2, 3))."""
-    return Reshape.apply(x, shape=_flat(shape))
+    return Reshape.apply(x, shape=sizes_of(shape))
 
 
 def flatten(x: Any) -> "Tensor":
@@ -127,7 +140,7 @@ def permute(x: Any, *axes: Any) -> "Tensor":
 
     Raises ValueError unless every axis is named once.
     """
-    return Transpose.apply(x, axes=_flat(axes))
+    return Transpose.apply(x, axes=sizes_of(axes))
 
 
 def transpose(x: Any, *axes: Any) -> "Tensor":
@@ -145,11 +158,13 @@ def swapaxes(x: Any, axis1: int, axis2: int) -> "Tensor":
     return SwapAxes.apply(x, axis1=axis1, axis2=axis2)
 
 
+@numpy_names
 def expand_dims(x: Any, axis: int | tuple[int, ...]) -> "Tensor":
     """Insert axes of length 1 at the positions `axis` of the result."""
     return Reshape.apply(x, shape=np.expand_dims(_shape_only(x), axis).shape)
 
 
+@numpy_names
 def squeeze(x: Any, axis: int | tuple[int, ...] | None = None) -> "Tensor":
     """Remove axes of length 1: all of them, or those given. Raises ValueError for a longer one."""
     return Reshape.apply(x, shape=np.squeeze(_shape_only(x), axis).shape)
@@ -160,20 +175,31 @@ def broadcast_to(x: Any, shape: tuple[int, ...]) -> "Tensor":
     return BroadcastTo.apply(x, shape=tuple(shape))
 
 
-def concatenate(tensors: Sequence[Any], axis: int = 0) -> "Tensor":
+def tril(x: Any, diagonal: int = 0) -> "Tensor":
+    """The lower triangle of matrices (..., n, m): 0 above the diagonal, or above that `diagonal` places to its right.
+
+    Raises ValueError for fewer than 2 axes.
+    """
+    return Tril.apply(x, diagonal=diagonal)
+
+
+@numpy_names
+def cat(tensors: Sequence[Any], axis: int = 0) -> "Tensor":
     """Join along an existing axis. Raises ValueError if the other dimensions differ."""
     if len(tensors) == 0:
-        raise ValueError("concatenate needs at least one tensor")
-    return Concatenate.apply(*tensors, axis=axis)
+        raise ValueError("cat needs at least one tensor")
+    return Cat.apply(*tensors, axis=axis)
 
 
+@numpy_names
 def stack(tensors: Sequence[Any], axis: int = 0) -> "Tensor":
     """Join along a new axis. Raises ValueError if the shapes differ."""
     if len({t.shape for t in tensors}) > 1:
         raise ValueError(f"stack needs equal shapes, not {[t.shape for t in tensors]}")
-    return concatenate([expand_dims(t, axis) for t in tensors], axis)
+    return cat([expand_dims(t, axis) for t in tensors], axis)
 
 
+@numpy_names
 def split(x: Any, size: int | Sequence[int], axis: int = 0) -> "tuple[Tensor, ...]":
     """A tuple of views along `axis`, each of `size` (the last may be smaller), or of the given sizes (PyTorch's rule).
 
@@ -191,6 +217,7 @@ def split(x: Any, size: int | Sequence[int], axis: int = 0) -> "tuple[Tensor, ..
     return Split.apply(x, sizes=sizes, axis=axis)
 
 
+@numpy_names
 def chunk(x: Any, n: int, axis: int = 0) -> "tuple[Tensor, ...]":
     """At most `n` pieces of equal size along `axis`; the last may be smaller (PyTorch's rule)."""
     if n < 1:
@@ -226,7 +253,7 @@ def _length(x: Any, axis: int) -> int:
     return x.shape[axis]
 
 
-def _flat(sizes: tuple[Any, ...]) -> tuple[int, ...]:
+def sizes_of(sizes: tuple[Any, ...]) -> tuple[int, ...]:
     """(2, 3) from either f(2, 3) or f((2, 3))."""
     return tuple(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], tuple | list) else sizes
 

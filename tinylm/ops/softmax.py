@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..array import array_module, largest
 from ..autograd import Op
+from ..errors import numpy_names
 
 if TYPE_CHECKING:
     from ..tensor import Tensor
@@ -44,11 +45,13 @@ class LogSoftmax(Op):
         return dy - array_module(y).exp(y) * dy.sum(axis=self.axis, keepdims=True)
 
 
+@numpy_names
 def softmax(x: Any, axis: int = -1) -> "Tensor":
     """Probabilities along `axis`: positive, summing to 1; the same shape as x."""
     return Softmax.apply(x, axis=axis)
 
 
+@numpy_names
 def log_softmax(x: Any, axis: int = -1) -> "Tensor":
     """log(softmax(x)) along `axis`, without forming small probabilities, which would underflow."""
     return LogSoftmax.apply(x, axis=axis)

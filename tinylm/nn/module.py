@@ -1,14 +1,12 @@
-"""Modules: parameters with names, and the layers a GPT is made of."""
+"""Module: a part of a model, whose parameters and buffers have names."""
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from . import ops, random
-from .array import Array, to_device
-from .tensor import Tensor, owned
+from ..array import Array, to_device
+from ..tensor import Tensor, owned
 
 
 class Parameter(Tensor):
@@ -30,10 +28,12 @@ class Module:
     """A part of a model. Its parameters are those of its attributes, in the order of their assignment.
 
     An attribute may be a Parameter or a Module, or a list, tuple or dict of them, nested to any depth. A parameter with
-    two names (tied weights) counts once, under the first.
+    two names (tied weights) counts once, under the first. A buffer is a tensor that belongs to the model but is not
+    trained, such as a mask: see `register_buffer`.
     """
 
     training = True
+    _buffers: tuple[str, ...] = ()  # names of attributes
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError(f"{type(self).__name__} has no forward")
@@ -46,10 +46,26 @@ class Module:
         return ((name, x) for name, x in self._members() if isinstance(x, Module))
 
     def modules(self) -> Iterator["Module"]:
-        """This module and all below it."""
-        yield self
-        for _, child in self.children():
-            yield from child.modules()
+        """This module and all below it, each once."""
+        return (module for _, module in self.named_modules())
+
+    def named_modules(self) -> Iterator[tuple[str, "Module"]]:
+        """(dotted name, module) of this module, whose name is '', and of all below it; each once, parents first."""
+        seen: set[int] = set()
+        stack: list[tuple[str, Module]] = [("", self)]
+        while stack:
+            name, module = stack.pop()
+            if id(module) not in seen:
+                seen.add(id(module))
+                yield name, module
+                stack += reversed([(_dotted(name, below), child) for below, child in module.children()])
+
+    def apply(self, fn: Callable[["Module"], Any]) -> "Module":
+        """Call fn(module) for every module below this one, then for this one; returns the module."""
+        for child in {id(child): child for _, child in self.children()}.values():
+            child.apply(fn)
+        fn(self)
+        return self
 
     def named_parameters(self) -> Iterator[tuple[str, Parameter]]:
         """(dotted name, parameter) in definition order, each parameter once."""
@@ -75,6 +91,38 @@ class Module:
     def parameters(self) -> Iterator[Parameter]:
         return (parameter for _, parameter in self.named_parameters())
 
+    def register_buffer(self, name: str, array: Array | Tensor) -> None:
+        """Make `array` the attribute `name`, a Tensor that shares its memory: moved and saved with the parameters.
+
+        What is assigned to the attribute later is the buffer then. Replicas of the model share a buffer's memory, and
+        what a replica assigns stays in it: a buffer that forward changes takes a single worker. Raises ValueError for
+        a name that is no identifier or is taken.
+        """
+        if not (isinstance(name, str) and name.isidentifier()):
+            raise ValueError(f"register_buffer: the name must be an identifier, not {name!r}")
+        if hasattr(self, name) and name not in self._buffers:
+            raise ValueError(f"register_buffer: {type(self).__name__} already has an attribute {name!r}")
+        buffer = Tensor(array)
+        self._buffers = (*(other for other in self._buffers if other != name), name)
+        setattr(self, name, buffer)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._buffers and not isinstance(value, Tensor):
+            value = Tensor(value)
+        super().__setattr__(name, value)
+
+    def named_buffers(self) -> Iterator[tuple[str, Tensor]]:
+        """(dotted name, buffer) of this module and of those below it, each buffer once."""
+        found: dict[int, tuple[str, Tensor]] = {}
+        for path, module in self.named_modules():
+            for name in module._buffers:
+                buffer = getattr(module, name)
+                found.setdefault(id(buffer), (_dotted(path, name), buffer))
+        return iter(found.values())
+
+    def buffers(self) -> Iterator[Tensor]:
+        return (buffer for _, buffer in self.named_buffers())
+
     def num_parameters(self) -> int:
         """Number of elements of all parameters; a tied weight counts once."""
         return sum(p.size for p in self.parameters())
@@ -94,33 +142,33 @@ class Module:
             p.grad = None
 
     def to(self, device: str) -> "Module":
-        """Move every parameter to 'cpu' or 'cuda', in place; returns the module."""
-        for p in self.parameters():
-            p.data = to_device(p.data, device)
-            p.grad = None if p.grad is None else to_device(p.grad, device)
+        """Move every parameter and buffer to 'cpu' or 'cuda', in place; returns the module."""
+        for x in (*self.parameters(), *self.buffers()):
+            x.data = to_device(x.data, device)
+            x.grad = None if x.grad is None else to_device(x.grad, device)
         return self
 
     def state_dict(self) -> dict[str, Array]:
-        """name -> array of each parameter: the live arrays, not copies."""
-        return {name: p.data for name, p in self.named_parameters()}
+        """name -> array of each parameter, then of each buffer: the live arrays, not copies."""
+        return {name: x.data for name, x in (*self.named_parameters(), *self.named_buffers())}
 
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
-        """Copy arrays into the parameters of the same names. The names and shapes must match exactly.
+        """Copy arrays into the parameters and buffers of the same names. The names and shapes must match exactly.
 
         Raises ValueError that lists every missing, unexpected and mis-shaped name; then nothing is loaded.
         """
-        own = dict(self.named_parameters())
+        own: dict[str, Tensor] = dict((*self.named_parameters(), *self.named_buffers()))
         wrong = [f"missing {name}" for name in own if name not in state]
         wrong += [f"unexpected {name}" for name in state if name not in own]
         wrong += [
-            f"{name} is {tuple(state[name].shape)}, not {p.shape}"
-            for name, p in own.items()
-            if name in state and tuple(state[name].shape) != p.shape
+            f"{name} is {tuple(state[name].shape)}, not {x.shape}"
+            for name, x in own.items()
+            if name in state and tuple(state[name].shape) != x.shape
         ]
         if wrong:
             raise ValueError("load_state_dict: " + "; ".join(wrong))
-        for name, p in own.items():
-            p.data[...] = to_device(state[name], p.device)
+        for name, x in own.items():
+            x.data[...] = to_device(state[name], x.device)
 
     def __repr__(self) -> str:
         shapes = [f"{name}={x.shape}" for name, x in self._members() if isinstance(x, Parameter)]
@@ -140,53 +188,5 @@ def _members_of(name: str, x: Any) -> Iterator[tuple[str, Any]]:
                 yield from _members_of(f"{name}.{key}", y)
 
 
-def _normal(shape: tuple[int, ...], std: float) -> Array:
-    return random.next_generator().normal(0.0, std, shape).astype(np.float32)
-
-
-def _uniform(shape: tuple[int, ...], bound: float) -> Array:
-    return random.next_generator().uniform(-bound, bound, shape).astype(np.float32)
-
-
-class Linear(Module):
-    """x (..., n_in) -> x W^T + b (..., n_out). Initialised uniformly in +-1/sqrt(n_in), as PyTorch does."""
-
-    def __init__(self, n_in: int, n_out: int, bias: bool = True):
-        bound = 1 / math.sqrt(n_in)
-        self.weight = Parameter(_uniform((n_out, n_in), bound))
-        self.bias = Parameter(_uniform((n_out,), bound)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight, self.bias)
-
-
-class Embedding(Module):
-    """Integers (...) -> rows (..., n_embd) of a table of `n_rows`. Initialised from N(0, 1)."""
-
-    def __init__(self, n_rows: int, n_embd: int):
-        self.weight = Parameter(_normal((n_rows, n_embd), 1.0))
-
-    def forward(self, ids: Tensor | Array) -> Tensor:
-        return ops.embedding(self.weight, ids)
-
-
-class LayerNorm(Module):
-    """Normalise the last axis, of length `n_embd`; see `ops.layer_norm`."""
-
-    def __init__(self, n_embd: int, bias: bool = True, eps: float = 1e-5):
-        self.eps = eps
-        self.weight = Parameter(np.ones(n_embd, np.float32))
-        self.bias = Parameter(np.zeros(n_embd, np.float32)) if bias else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class Dropout(Module):
-    """Zero elements with probability `p` while training."""
-
-    def __init__(self, p: float):
-        self.p = p
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.dropout(x, self.p, self.training)
+def _dotted(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
