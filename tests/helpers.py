@@ -127,3 +127,14 @@ def broadcastable(draw, n=2, max_dims=3, max_side=3):
         kept = full[draw(st.integers(0, len(full))) :]
         result.append(tuple(1 if draw(st.booleans()) else side for side in kept))
     return result
+
+
+def steps_of(optimizer):
+    """How many updates each parameter has had."""
+    return [optimizer.state[p]["step"] if p in optimizer.state else 0 for p in optimizer.parameters()]
+
+
+def moments_of(optimizer):
+    """{"0.exp_avg": ...}: the moments of each parameter."""
+    state = optimizer.state_dict()["state"]
+    return {f"{i}.{name}": x for i, entry in state.items() for name, x in entry.items() if name != "step"}

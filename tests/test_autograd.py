@@ -3,6 +3,8 @@
 import copy
 import gc
 import re
+import subprocess
+import sys
 import threading
 import tracemalloc
 import weakref
@@ -1017,3 +1019,18 @@ def test_retain_grad_outside_and_at_the_border_of_a_checkpoint(device):
     (after * 3).sum().backward()
     assert_close(after.grad, [3.0, 3.0])
     assert_close(before.grad, [12.0, 24.0])
+
+
+def test_a_gradient_of_a_wrong_kind_that_a_leaf_already_has_is_named_and_no_leaf_is_changed():
+    x, y = (tensor([1.0, 2.0], requires_grad=True) for _ in range(2))
+    y.grad = np.zeros(3, np.float32)
+    with pytest.raises(RuntimeError, match="the gradient that a leaf already has"):
+        (x * y).sum().backward()
+    assert x.grad is None
+    np.testing.assert_array_equal(y.grad, np.zeros(3))
+
+
+def test_the_first_op_of_a_process_has_a_gradient():
+    program = "from tinylm import tensor\nx = tensor([3.0], requires_grad=True)\n(x * x).backward()\nprint(x.grad)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("[6.]\n", "")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import moments_of, steps_of
 
 from tinylm import GPT, GPTConfig, random
 from tinylm.data import CharTokenizer
@@ -43,8 +44,8 @@ def steps(state, n=None):
 
 def all_of(state):
     """The whole state of a run, as bytes."""
-    arrays = {**state.model.state_dict(), **state.optimizer.arrays()}
-    return {name: a.tobytes() for name, a in arrays.items()}, state.optimizer.steps(), state.scaler.state_dict()
+    arrays = {**state.model.state_dict(), **moments_of(state.optimizer)}
+    return {name: a.tobytes() for name, a in arrays.items()}, steps_of(state.optimizer), state.scaler.state_dict()
 
 
 def test_together_they_learn_as_none_of_them_does():

@@ -490,3 +490,9 @@ def test_logits_that_are_not_finite_are_told():
     model.transformer.ln_f.weight.data[0] = np.nan
     with pytest.raises(FloatingPointError, match="logits are not finite"):
         model.generate([[1]], 3)
+
+
+def test_a_top_p_of_1_cuts_nothing_however_small():
+    """The probabilities before the last already sum to 1 in float64."""
+    logits = np.array([[0.0, -50.0, -60.0, -80.0]])
+    np.testing.assert_array_equal(keep_likeliest(logits, top_k=3), [[0.0, -50.0, -60.0, -np.inf]])

@@ -495,3 +495,12 @@ def test_tolerances_are_not_slack(device):
         check(device, lambda x: x * 1.00001, lambda x: x, normal(3), tolerance=FLOAT32)
     with pytest.raises(AssertionError, match="gradient of input 0"):
         check(device, lambda x: x.detach() * 2 + x - x.detach(), lambda x: 2 * x, normal(3))
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("op", [ops.mul, ops.matmul, ops.linear], ids=lambda op: op.__name__)
+def test_what_no_gradient_needs_is_not_kept(op, which):
+    """With a constant b, d(a b)/da needs b alone: a is not kept alive for backward."""
+    tensors = [tinylm.tensor(normal(3, 3, seed=i), requires_grad=i == which) for i in range(2)]
+    own = tensors[which].data
+    assert not any(x is own or getattr(x, "base", None) is own for x in op(*tensors).op.saved)

@@ -193,3 +193,8 @@ def test_an_axis_that_is_not_there(device, fn):
         match=rf"axis 2 is out of bounds[^$]*Softmax.forward\(\(2, 3\) float32 {device.name}\)",
     ):
         fn(device.tensor(np.zeros((2, 3)), np.float32), axis=2)
+
+
+def test_targets_may_be_a_list():
+    logits = normal(2, 3)
+    assert_close(ops.cross_entropy(logits, [2, 0]), ops.cross_entropy(logits, np.array([2, 0])))

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, host, normal
+from helpers import assert_close, host, normal, steps_of
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -805,7 +805,7 @@ def test_a_step_of_sgd_is_one_call_of_the_update_over_lists(device, momentum):
     assert all(a is p.data and g is p.grad for a, g, p in zip(params, grads, used, strict=True))
     assert [getattr(b, "shape", None) for b in buffers] == [p.shape if momentum else None for p in used]
     assert rest == [[0.5, 0.1, 0.1], [0.2] * 3, momentum, momentum > 0, 0.25]
-    assert sum(a.nbytes for a in optimizer.arrays().values()) == (sum(p.data.nbytes for p in used) if momentum else 0)
+    assert optimizer.nbytes() == (sum(p.data.nbytes for p in used) if momentum else 0)
 
 
 @each_optimizer
@@ -814,7 +814,7 @@ def test_an_update_that_fails_takes_no_step(device, make):
     function = adamw if isinstance(optimizer, AdamW) else sgd
     with pytest.raises(ZeroDivisionError), override(function, lambda *lists: 1 / 0):
         optimizer.step()
-    assert optimizer.steps() == [3, 0, 3, 3]
+    assert steps_of(optimizer) == [3, 0, 3, 3]
 
 
 def test_the_coefficient_multiplies_the_gradients(device):
@@ -856,3 +856,17 @@ def test_a_parameter_in_fortran_order_keeps_its_memory():
         optimizer.step()
     np.testing.assert_array_equal(view, p.data.T)
     assert np.shares_memory(view, p.data)
+
+
+def test_a_parameter_without_a_gradient_is_not_clipped(device):
+    p, frozen = (Parameter(device.array(np.zeros(2, np.float32))) for _ in range(2))
+    p.grad = device.array(np.float32([3, 4]))
+    assert clip([p, frozen], 1.0)[0] == clip_grad_norm_([p, frozen], 10.0) == 5
+    assert frozen.grad is None
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_norm_whose_square_overflows_is_that_of_the_largest_entry_whatever_its_sign(sign, device):
+    p = Parameter(device.array(np.zeros(4, np.float32)))
+    p.grad = device.array(np.full(4, sign * 1e25, np.float32))
+    assert clip([p], 1.0)[0] == pytest.approx(2e25, rel=1e-5)

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 import torch
-from helpers import assert_close, normal
+from helpers import assert_close, moments_of, normal, steps_of
 
 from tinylm import GPT, GPTConfig, Tensor, nn, ops, optim, override, precision, random
 from tinylm.optim import AdamW, decay_groups
@@ -234,7 +234,7 @@ def test_parameters_gradients_and_moments_stay_float32(accumulate):
     steps = list(train(state, TOKENS, TOKENS[:20]))
     assert {p.dtype for p in model.parameters()} == {np.dtype(np.float32)}
     assert {p.grad.dtype for p in model.parameters()} == {np.dtype(np.float32)}
-    assert {a.dtype for a in state.optimizer.arrays().values()} == {np.dtype(np.float32)}
+    assert {a.dtype for a in moments_of(state.optimizer).values()} == {np.dtype(np.float32)}
     assert [s.loss_scale for s in steps] == [65536.0, 65536.0]
 
 
@@ -389,12 +389,12 @@ def test_wrong_orders_are_errors():
         scaler.unscale_(optimizer)
     with pytest.raises(RuntimeError, match="step was already called in this step"):
         scaler.step(optimizer)
-    assert optimizer.steps() == [1]
+    assert steps_of(optimizer) == [1]
     scaler.update()
     with pytest.raises(RuntimeError, match="update needs"):
         scaler.update()
     scaler.step(optimizer)  # a new step: everything is allowed again
-    assert optimizer.steps() == [2]
+    assert steps_of(optimizer) == [2]
 
 
 @pytest.mark.parametrize("way", ["optimizer.zero_grad", "zero_grad of the model"])
@@ -426,7 +426,7 @@ def test_a_step_that_an_error_ended_does_not_block_the_next(way, overflow, fails
     assert scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 4.0
-    assert optimizer.steps() == [1]
+    assert steps_of(optimizer) == [1]
 
 
 def test_an_update_that_was_forgotten_is_still_an_error():
@@ -484,7 +484,7 @@ def test_disabled_it_passes_everything_through():
     scaler.update()
     p.grad[0] = np.nan  # PyTorch's, too, lets this pass: the caller looks after it
     assert scaler.step(optimizer)
-    assert optimizer.steps() == [2]
+    assert steps_of(optimizer) == [2]
     assert scaler.get_scale() == 1.0
 
 
@@ -555,7 +555,7 @@ def test_a_step_that_overflows_is_skipped_and_shows_in_the_metrics():
         steps.append(step)
         now = [p.numpy().copy() for p in model.parameters()]
         moved.append(any((a != b).any() for a, b in zip(before, now, strict=True)))
-        updates.append(set(state.optimizer.steps()))
+        updates.append(set(steps_of(state.optimizer)))
         before = now
     assert moved == [True, False, False, True, True, False, True]
     assert updates == [{1}, {1}, {1}, {2}, {3}, {3}, {4}]
@@ -634,7 +634,7 @@ def test_half_precision_trains_as_single_precision_does():
     for dtype in ("float32", "float16"):
         state = TrainState(tiny(), TrainConfig(steps=30, batch_size=8, lr=0.01, warmup=3, dtype=dtype, eval_every=0))
         losses[dtype] = [s.loss for s in train(state, TOKENS, TOKENS[:50])]
-        assert state.optimizer.steps() == [30] * len(state.optimizer.parameters())
+        assert steps_of(state.optimizer) == [30] * len(state.optimizer.parameters())
     assert losses["float32"][-1] < losses["float32"][0] - 0.5
     np.testing.assert_allclose(losses["float16"], losses["float32"], atol=0.01)
     assert losses["float16"] != losses["float32"]

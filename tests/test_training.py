@@ -1,6 +1,8 @@
 """The loop: what a step does, accumulation, evaluation, and that it learns."""
 
 import math
+import re
+from dataclasses import fields
 from itertools import pairwise
 
 import numpy as np
@@ -353,8 +355,12 @@ def test_evaluate_reads_tokens_from_a_file(tmp_path):
         *(({name: 0}, f"{name} must be at least 1, not 0") for name in ("steps", "batch_size", "accumulate")),
         *(
             ({name: bad}, f"{name} must be a finite number and not negative, not {bad}")
-            for name in ("lr", "min_lr", "warmup", "weight_decay", "clip", "eval_every", "seed")
+            for name in ("lr", "min_lr", "weight_decay", "clip")
             for bad in (-1, math.nan, math.inf)
+        ),
+        *(
+            ({name: -1}, f"{name} must be at least 0, not -1")
+            for name in ("warmup", "eval_every", "seed", "block_size")
         ),
         *(
             ({name: bad}, f"{name} must be at least 0 and below 1")
@@ -368,6 +374,19 @@ def test_evaluate_reads_tokens_from_a_file(tmp_path):
 def test_a_config_that_makes_no_sense_is_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**settings)
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
+@pytest.mark.parametrize("bad", ["3", None, [1]], ids=str)
+def test_an_option_of_a_wrong_type_is_named(name, bad):
+    with pytest.raises((TypeError, ValueError), match=rf"^TrainConfig: {name} must be .*, not {re.escape(repr(bad))}$"):
+        TrainConfig(**{name: bad})
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 2.5, True])
+def test_a_number_of_steps_is_a_whole_number(bad):
+    with pytest.raises(TypeError, match=rf"^TrainConfig: steps must be an integer, not {bad}$"):
+        TrainConfig(steps=bad)
 
 
 def test_the_default_config_is_valid_and_each_limit_is_allowed():

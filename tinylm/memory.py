@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from . import autograd
 from .array import Array, cupy, is_array
 from .nn import Module, Parameter
-from .optim import AdamW
+from .optim import Optimizer
 from .settings import Block
 from .tensor import Tensor
 
@@ -56,7 +56,7 @@ class track_memory(Block):
     `now` and `peak` are Snapshots; `timeline` has one for each count. Slow: meant for a step, not for a run.
     """
 
-    def __init__(self, model: Module | None = None, optimizer: AdamW | None = None):
+    def __init__(self, model: Module | None = None, optimizer: Optimizer | None = None):
         super().__init__(tracker=self)
         self.parameters = list(model.parameters()) if model is not None else []
         self.optimizer = optimizer
@@ -130,7 +130,7 @@ class track_memory(Block):
         peak = self.peak
         rows = [("parameters", sum(p.data.nbytes for p in self.parameters)), ("gradients", peak.gradients)]
         if self.optimizer is not None:
-            rows.append(("optimizer state", sum(a.nbytes for a in self.optimizer.arrays().values())))
+            rows.append(("optimizer state", self.optimizer.nbytes()))
         if peak.copies:
             rows.append(("parameters, cast", peak.copies))
         rows.append(("activations", peak.activations))

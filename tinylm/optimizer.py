@@ -136,26 +136,9 @@ class Optimizer:
         for group, new in zip(self.param_groups, options, strict=True):
             group.update(new)
 
-    # What a run's checkpoints hold.
-
-    def arrays(self) -> dict[str, Array]:
-        """The live moments (not copies): 'exp_avg.3' and 'exp_avg_sq.3' belong to parameter 3."""
-        state = self.state_dict()["state"]
-        return {f"{name}.{i}": x for i, entry in state.items() for name, x in entry.items() if name != "step"}
-
-    def steps(self) -> list[int]:
-        """How many updates each parameter has had."""
-        return [self.state[p]["step"] if p in self.state else 0 for p in self.parameters()]
-
-    def load(self, arrays: Mapping[str, Array], steps: list[int]) -> None:
-        """Copy in `arrays()` and `steps()`. Raises ValueError if they do not match; then nothing is loaded."""
-        if len(steps) != len(self.parameters()):
-            raise ValueError(f"{self._name}.load: {len(steps)} steps for {len(self.parameters())} parameters")
-        state: dict[int, dict[str, Any]] = {i: {"step": step} for i, step in enumerate(steps) if step}
-        for name, array in arrays.items():
-            moment, _, i = name.rpartition(".")
-            state.setdefault(int(i), {})[moment] = array
-        self.load_state_dict({**self.state_dict(), "state": state})
+    def nbytes(self) -> int:
+        """Bytes of all moments."""
+        return sum(x.nbytes for state in self.state.values() for x in state.values() if is_array(x))
 
     def _state_of(self, p: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         state = self.state.setdefault(p, {"step": 0})

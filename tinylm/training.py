@@ -12,6 +12,7 @@ from . import random
 from .array import all_finite, to_device
 from .autograd import detect_anomaly, no_grad
 from .data import get_batch
+from .errors import check_number, check_probability, check_sizes
 from .nn import Module
 from .optim import AdamW, Optimizer, clip, decay_groups, warmup_cosine
 from .parallel import Group, Workers
@@ -41,22 +42,24 @@ class TrainConfig:
     seed: int = 1337
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate", "threads"):
-            if not 1 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        sizes = ("block_size", "warmup", "eval_every", "early_stop", "seed")
-        for name in ("lr", "min_lr", "weight_decay", "clip", *sizes):
+        who = type(self).__name__
+        for least, names in (
+            (1, ("steps", "batch_size", "accumulate", "threads")),
+            (0, ("block_size", "warmup", "eval_every", "eval_tokens", "early_stop", "seed")),
+        ):
+            check_sizes(who, least, **{name: getattr(self, name) for name in names})
+        rates = ("lr", "min_lr", "weight_decay", "clip")
+        check_number(who, **{name: getattr(self, name) for name in rates})
+        for name in rates:
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be a finite number and not negative, not {getattr(self, name)}")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 0 and below 1, not {getattr(self, name)}")
+                raise ValueError(f"{who}: {name} must be a finite number and not negative, not {getattr(self, name)}")
+        check_probability(who, beta1=self.beta1, beta2=self.beta2)
         if self.dtype not in ("float32", "float16"):
-            raise ValueError(f"dtype must be float32 or float16, not {self.dtype!r}")
-        if self.eval_tokens < 0 or self.eval_tokens == 1:  # with one token there is none to predict
-            raise ValueError(f"eval_tokens must be 0 or at least 2, not {self.eval_tokens}")
+            raise ValueError(f"{who}: dtype must be float32 or float16, not {self.dtype!r}")
+        if self.eval_tokens == 1:  # with one token there is none to predict
+            raise ValueError(f"{who}: eval_tokens must be 0 or at least 2, not {self.eval_tokens}")
         if self.accumulate > self.batch_size:
-            raise ValueError(f"accumulate ({self.accumulate}) cannot exceed batch_size ({self.batch_size})")
+            raise ValueError(f"{who}: accumulate ({self.accumulate}) cannot exceed batch_size ({self.batch_size})")
 
 
 @dataclass
@@ -99,9 +102,7 @@ class TrainState:
         )
         self.block_size = config.block_size or getattr(getattr(model, "config", None), "block_size", 0)
         if not self.block_size:
-            raise ValueError(
-                f"how long is a sequence? {type(model).__name__} does not say: TrainConfig(block_size=...)"
-            )
+            raise ValueError(f"{type(model).__name__} has no config.block_size: give TrainConfig a block_size")
         self.scaler = GradScaler(enabled=config.dtype == "float16")
         self.step = 0  # steps done
         self.val_loss: float | None = None  # where the last step ended with an evaluation
@@ -128,10 +129,14 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` returned, but not the config: a run may go on with another learning rate."""
-        self.model.load_state_dict(state["model"])
+        """Take over what `state_dict` returned, but not the config: a run may go on with another learning rate.
+
+        Raises ValueError if the model or the optimizer is another; then nothing is changed.
+        """
         groups = self.optimizer.state_dict()["param_groups"]  # their settings come from the config
+        # The optimizer first: where it fits, the parameters have the same shapes.
         self.optimizer.load_state_dict({**state["optimizer"], "param_groups": groups})
+        self.model.load_state_dict(state["model"])
         self.scaler.load_state_dict(state["scaler"])
         random.seed(*state["random"])
         self.pending = None if state["pending"] is None else Step(**state["pending"])
