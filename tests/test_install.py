@@ -236,3 +236,14 @@ def test_ctrl_c_while_a_program_is_imported_is_one_line(begun, tmp_path):
     assert process.returncode == 130
     assert len(said) == 1
     assert said[0].startswith(("tinylm train: interrupted", "tinylm train: stopped"))
+
+
+def test_without_pytorch_the_suite_skips_what_needs_it_and_says_where():
+    code = "import pytest, sys; sys.modules['torch'] = None; sys.exit(pytest.main(sys.argv[1:]))"  # None: not found
+    chosen = ("tests/test_creation.py", "tests/test_ops_nn.py", "tests/test_engines.py", "tests/test_random.py")
+    done = run(sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *chosen, cwd=ROOT, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout
+    for name in ("test_creation.py", "test_ops_nn.py", "test_engines.py"):
+        assert f"{name}: PyTorch is not installed" in done.stdout
+    assert "test_random.py:" not in done.stdout
+    assert int(done.stdout.split(" passed")[0].split()[-1]) > 10
