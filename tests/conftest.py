@@ -5,18 +5,42 @@ By default those are "cpu" (NumPy) and "strict" (the stand-in for CuPy of `stric
 
 `pytest --fused` puts the engines "numba" and "blocked" in force for all tests; without it, only for those that ask for
 `twins`.
+
+Without PyTorch, the tests that compare with it are skipped, and the others run.
 """
 
+import importlib.util
+import inspect
 import os
 import signal
 import sys
+import types
+from pathlib import Path
 
 import hypothesis
 import pytest
 import strict_cupy
-from helpers import Device
 
 from tinylm import engines, fused, random
+
+
+class _NoTorch(types.ModuleType):
+    """In place of PyTorch: skips the test that uses it, or the file that uses it while it is imported."""
+
+    def __getattr__(self, name):
+        if name.startswith("__") and name != "__path__":  # asked of every module, by `inspect` for instance
+            raise AttributeError(name)
+        files = (Path(frame.filename).name for frame in inspect.stack(context=0))
+        file = next((file for file in files if file.startswith("test_")), "tests")
+        pytest.skip(f"{file}: PyTorch is not installed", allow_module_level=True)
+
+
+if importlib.util.find_spec("torch") is None:
+    torch = sys.modules["torch"] = _NoTorch("torch")
+    sys.modules["torch_gpt"] = types.ModuleType("torch_gpt")
+    sys.modules["torch_gpt"].from_tinylm = lambda *_: torch.nn
+
+from helpers import Device  # noqa: E402  (imports PyTorch)
 
 # The same examples in every run, without a time limit, so that failures are reproducible.
 hypothesis.settings.register_profile(

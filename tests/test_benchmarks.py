@@ -28,6 +28,8 @@ def _importable(monkeypatch):
 
 def run(script, *arguments):
     """Run a script in a process of its own, where it may load twins; returns what it printed."""
+    if "import torch" in (ROOT / "benchmarks" / f"{script}.py").read_text():
+        pytest.importorskip("torch.nn")  # "torch" is there, see conftest.py
     command = [sys.executable, f"benchmarks/{script}.py", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

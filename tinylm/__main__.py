@@ -6,7 +6,6 @@
 `tinylm train` and `tinylm generate` run the example programs, examples/train_char.py and examples/generate.py.
 """
 
-import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -16,11 +15,12 @@ from . import __version__, cli
 
 
 def _example(name: str) -> Callable[[], None]:
-    """The `main` of an example program: beside the package in a clone, where pip put it after an installation."""
-    path = Path(__file__).parent.parent / "examples" / name
-    if not path.is_file():
-        files = importlib.metadata.files("tinylm") or ()
-        path = next((Path(str(f.locate())) for f in files if f.parts[-2:] == ("examples", name)), path)
+    """The `main` of an example program. Raises FileNotFoundError if the installation lacks it."""
+    root = Path(__file__).parent.parent  # a clone, or a folder such as PREFIX/lib/python3.11/site-packages
+    places = [root / "examples", *(folder / "share" / "tinylm" / "examples" for folder in (root, *root.parents))]
+    path = next((place / name for place in places if (place / name).is_file()), None)
+    if path is None:
+        raise FileNotFoundError(f"{name} is neither in {places[0]} nor where pip puts it; install tinylm again")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -57,22 +57,26 @@ COMMANDS = {
 }
 
 
-def main() -> None:
-    """Run the command that the first argument names."""
-    sys.argv[0] = "tinylm"
+def _tell() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in COMMANDS:
-        sys.argv[:2] = [f"tinylm {name}"]
-        cli.run(COMMANDS[name][0])
     lines = "\n".join(f"  {each:10}{what}" for each, (_, what) in COMMANDS.items())
-    usage = f"usage: tinylm COMMAND ...\n\n{lines}\n\n`tinylm COMMAND --help` lists its options."
     if name in ("-h", "--help"):
-        print(usage)
+        print(f"usage: tinylm COMMAND ...\n\n{lines}\n\n`tinylm COMMAND --help` lists its options.")
     elif name == "--version":
         print(f"tinylm {__version__}")
     else:
-        print(f"tinylm: error: {name!r} is not a command; they are {', '.join(COMMANDS)}", file=sys.stderr)
-        sys.exit(2)
+        cli.Parser(None).error(f"{name!r} is not a command; they are {', '.join(COMMANDS)}")
+
+
+def main() -> None:
+    """Run the command that the first argument names; without one, say which there are."""
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        program, _ = COMMANDS[sys.argv[1]]
+        sys.argv[:2] = [f"tinylm {sys.argv[1]}"]
+    else:
+        program = _tell
+        sys.argv[0] = "tinylm"
+    cli.run(program)
 
 
 if __name__ == "__main__":
