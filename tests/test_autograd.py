@@ -1034,3 +1034,10 @@ def test_the_first_op_of_a_process_has_a_gradient():
     program = "from tinylm import tensor\nx = tensor([3.0], requires_grad=True)\n(x * x).backward()\nprint(x.grad)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert (done.stdout, done.stderr) == ("[6.]\n", "")
+
+
+def test_the_first_value_that_is_not_finite_is_named_by_its_place():
+    x = tensor([[1.0, 2.0], [0.0, 0.0]], requires_grad=True)
+    told = r"2 of 4 values are not finite, the first at index \(1, 0\)$"
+    with np.errstate(divide="ignore"), pytest.raises(FloatingPointError, match=told), detect_anomaly():
+        1 / x
