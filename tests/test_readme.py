@@ -75,7 +75,7 @@ def printed(tmp_path_factory):
 @pytest.mark.slow
 def test_the_commands_write_the_runs_that_the_text_names(printed):
     output, folder = printed
-    assert {path.name for path in (folder / "runs").iterdir()} == {"char", "novel", "corpus"}
+    assert {path.name for path in (folder / "runs").iterdir()} == {"char", "novel", "corpus", "lstm"}
     for page in ("runs/char/report.html", "report.html"):
         assert page in README
         assert (folder / page).is_file()
