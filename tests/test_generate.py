@@ -239,6 +239,7 @@ def tokens_computed(model, monkeypatch, prompt, n, cache):
 
 
 def test_with_the_cache_a_token_costs_one_position_and_a_slide_less_than_a_block(monkeypatch):
+    assert Sampling().cache  # unless told otherwise
     model = make(block_size=40)
     within = tokens_computed(model, monkeypatch, ids(2, 5), 36, cache=True)
     assert within == [5] + [1] * 35
