@@ -1,0 +1,7 @@
+"""A run's folder: checkpoints, metrics, diagnosis, report, plots, and what is shown on the screen."""
+
+from .checkpoint import Checkpoint, DamagedError
+from .metrics import read_metrics, read_samples
+from .run import Run, load_model
+
+__all__ = ["Checkpoint", "DamagedError", "Run", "load_model", "read_metrics", "read_samples"]
