@@ -98,7 +98,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         "notFinite": not_finite,
         "findings": [vars(finding) for finding in monitor.diagnosis()],
         "samples": [
-            {"title": f"step {sample['step']}", "text": sample["text"]} for sample in evenly(read_samples(folder), SAMPLES)
+            {"title": f"step {sample['step']}", "text": sample["text"]}
+            for sample in evenly(read_samples(folder), SAMPLES)
         ],
         **curves({name: np.array(column) for name, column in columns.items()}, evaluations),
     }
