@@ -40,29 +40,29 @@ from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 def main() -> None:
     parser = options()
-    with parser.mistakes():
-        args, run, before = arguments(parser)
-        tokens, tokenizer, data = read_data(args.data, args.tokenizer)
-        train_tokens, val_tokens = split(tokens, block_size=args.block_size)
-        random.seed(args.seed)
-        model = GPT(cli.from_options(GPTConfig, args, vocab_size=tokenizer.vocab_size)).to(args.device)
-        state = TrainState(model, cli.from_options(TrainConfig, args))
-        notes: list[str] = []
-        engine = list(fused.load(*args.engine or (), tell=notes.append)) or ["reference"]
-        config = {
-            **{name: getattr(args, name) for name in ("data", "tokenizer", "device")},
-            "engine": engine,
-            **asdict(model.config),
-            **asdict(state.config),
-        }
-        if before:
-            run.resume(state, tokenizer, data, tell=print)
-            tell_changes(before, config, state.step)
-            run.write_config(config)
-        else:
-            run.start(config)
-
     with cli.Screen():
+        with parser.mistakes():
+            args, run, before = arguments(parser)
+            tokens, tokenizer, data = read_data(args.data, args.tokenizer)
+            train_tokens, val_tokens = split(tokens, block_size=args.block_size)
+            random.seed(args.seed)
+            model = GPT(cli.from_options(GPTConfig, args, vocab_size=tokenizer.vocab_size)).to(args.device)
+            state = TrainState(model, cli.from_options(TrainConfig, args))
+            notes: list[str] = []
+            engine = list(fused.load(*args.engine or (), tell=notes.append)) or ["reference"]
+            config = {
+                **{name: getattr(args, name) for name in ("data", "tokenizer", "device")},
+                "engine": engine,
+                **asdict(model.config),
+                **asdict(state.config),
+            }
+            if before is not None:
+                run.resume(state, tokenizer, data, tell=print)
+                tell_changes(before, config, state.step)
+                run.write_config(config)
+            else:
+                run.start(config, replace=args.overwrite)
+
         print(f"text        {len(tokens):,} tokens, {tokenizer.vocab_size} different; the last tenth is for validation")
         print(f"model       {model.num_parameters():,} parameters")
         print(f"engine      {', '.join(engine)}", *notes, sep="\n")
@@ -71,11 +71,11 @@ def main() -> None:
         finish(state, val_tokens, tokenizer, run, args, config)
 
 
-def arguments(parser: cli.Parser) -> tuple[Namespace, Run, dict[str, Any]]:
-    """The arguments, the run's folder, and the configuration of the run to resume (empty: begin one)."""
+def arguments(parser: cli.Parser) -> tuple[Namespace, Run, dict[str, Any] | None]:
+    """The arguments, the run's folder, and the configuration of the run to resume (None: begin one)."""
     args = parser.parse_args()
     run = Run(run_folder(args) if args.out is None else args.out)
-    before: dict[str, Any] = {}
+    before: dict[str, Any] | None = None
     if run.exists():
         if args.resume:
             before = run.config()
@@ -130,8 +130,8 @@ def loop(
     for record in read_metrics(run.folder) if state.step else ():
         monitor.update(record)
     with (
+        cli.Stop(lambda: state.sound) as stop,
         Progress(state.config.steps, state.step) as progress,
-        cli.Stop() as stop,
         run.keeping(state, save, progress.say),
     ):
         for step in train(state, train_tokens, val_tokens):
@@ -152,8 +152,8 @@ def loop(
                 with progress.disk_trouble(f"step {step.step}"):
                     save()
             if asked:
-                stands = f"{progress.stands}; saved is step {run.saved}, and --resume goes on from it"
-                raise cli.Stopped(asked, stands)
+                stands = f"{progress.stands}; saved is step {step.step}, and --resume goes on from it"
+                raise cli.Stopped(asked, stands)  # run.keeping() sees to it that this is so
 
 
 def finish(

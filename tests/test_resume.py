@@ -223,7 +223,7 @@ def test_checkpoints_whose_configuration_is_lost_are_not_swept_away(finished, te
 
 FOREIGN = {
     "a model": ("checkpoints/model.pt", b"weights"),
-    "samples": ("samples.txt", b"blood"),
+    "samples": ("samples.jsonl", b"blood"),
     "metrics": ("metrics.jsonl", b'{"epoch": 1}\n'),
     "a picture": ("loss.png", b"art"),
     "a summary": ("summary.json", b"{}"),
@@ -520,16 +520,17 @@ def die_before_call(saves, number):
 
     def call(what, path):
         nonlocal calls, saves
-        saves -= what == "os.mkdir" and "/.step-" in str(path)
+        saves -= what == "fsync" and str(path).endswith("/metrics.jsonl")  # so a save begins
         calls += saves <= 0
         if calls == number:
             os.write(log, f"{what} {path}\n".encode())
             os.kill(os.getpid(), signal.SIGKILL)
 
     def hook(event, details):
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
         if event == "open" and str(details[0]).startswith("o/"):
             call("open", details[0])
-        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"):
+        elif changes and "__pycache__" not in str(details[0]):  # that is numba's
             call(event, details[0])
 
     sys.addaudithook(hook)

@@ -281,7 +281,10 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
         ".step-00000001.7.tinylm",
     ):
         (folder / name).mkdir(parents=True)
+        (folder / name / "state.json").touch()
     (folder / "step-00000003").write_text("a file")
+    (folder / "step-00000004").mkdir()
+    (folder / "step-00000004" / "notes.txt").write_text("somebody's")
     assert steps_saved(tmp_path) == [2, 99999999, 123456789]
 
 
@@ -688,8 +691,9 @@ def test_metrics_wait_for_a_disk_with_room(tmp_path, monkeypatch):
         assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
     run.record(Step(21, 1.0, 1.0, 1.0, False, 1, 1.0))
     assert [line["step"] for line in read_metrics(tmp_path) if "loss" in line] == list(range(1, 22))
+    run.log.sync()
     assert (tmp_path / "samples.jsonl").read_text() == "".join(
-        f'{{"step": {n}, "text": "a text"}}\n' for n in range(1, 21, 3)
+        f'{{"step": {n}, "text": "a text"}}\n' for n in range(1, 21)
     )
 
 

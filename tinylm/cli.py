@@ -80,6 +80,12 @@ def run(main: Callable[[], None]) -> NoReturn:
     0: done; 1: failed while running, or its output could not be written; 2: a mistake in the arguments (see Parser);
     129, 130, 143: stopped by SIGHUP, Ctrl-C, SIGTERM.
     """
+    ended = False
+
+    def end(number: int, _: object) -> None:
+        if not ended:  # more signals must not disturb the end
+            raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
+
     program = os.path.basename(sys.argv[0])
     np.seterr(over="ignore", invalid="ignore")  # the training loop checks for non-finite values itself
     for name in ("stdout", "stderr"):
@@ -87,11 +93,17 @@ def run(main: Callable[[], None]) -> NoReturn:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         getattr(sys, name).reconfigure(errors="replace")  # a terminal may lack characters of the text
     try:
-        main()
-        sys.stdout.flush()
+        try:
+            for number in _signals():
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    signal.signal(number, end)
+            main()
+            sys.stdout.flush()
+        finally:
+            ended = True
         message, status = "", 0
     except Stopped as stop:
-        message, status = f"stopped {stop}", stop.status
+        message, status = f"stopped {stop}".strip(), stop.status
     except KeyboardInterrupt as stop:
         message, status = f"interrupted {stop}".strip(), 130
     except FloatingPointError as error:
@@ -154,10 +166,10 @@ class Screen:
         return getattr(self.stream, name)
 
 
-class Stopped(Exception):
-    """A signal ended the run after a complete step. The program exits with 128 + the signal's number."""
+class Stopped(BaseException):
+    """A signal ends the program, which exits with 128 + the signal's number. Like KeyboardInterrupt, no Exception."""
 
-    def __init__(self, number: int, stands: str):
+    def __init__(self, number: int, stands: str = ""):
         super().__init__(stands)
         self.status = 128 + number
 
@@ -166,27 +178,41 @@ class Stop:
     """Inside, Ctrl-C, SIGTERM and SIGHUP only set `stop.signal` to the signal's number (0 before).
 
     The program must check it after each step, so that a step is never interrupted in the middle. A second Ctrl-C
-    interrupts at once. A SIGHUP that is ignored (nohup) stays ignored.
+    interrupts at once, if `ready()`; after that nothing disturbs the end of the program. A SIGHUP that is ignored
+    (nohup) stays ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ready: Callable[[], bool] = lambda: True) -> None:
         self.signal = 0
+        self._ready = ready
+        self._interrupted = False
 
     def __enter__(self) -> "Stop":
-        numbers = [signal.SIGINT, signal.SIGTERM]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            numbers.append(signal.SIGHUP)
-        self._before = {number: signal.signal(number, self._asked) for number in numbers}
+        self._before = {number: signal.signal(number, self._asked) for number in _signals()}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.signal and kind is not None:
+            self._interrupted = True  # the program ends: its handlers stay, and do nothing
+            return
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.signal:  # it came after the last check
+            signal.raise_signal(self.signal)
 
     def _asked(self, number: int, _: object) -> None:
-        if self.signal and number == signal.SIGINT:
+        if self.signal and number == signal.SIGINT and self._ready() and not self._interrupted:
+            self._interrupted = True
             raise KeyboardInterrupt
         self.signal = self.signal or number
+
+
+def _signals() -> list[int]:
+    """Those that end a program: Ctrl-C, SIGTERM and, unless it is ignored, SIGHUP."""
+    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return numbers
 
 
 def clock(seconds: float) -> str:

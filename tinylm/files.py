@@ -3,6 +3,7 @@
 A file or folder is written aside, under a hidden name that cannot be guessed and ends in `.tinylm`, and then renamed.
 """
 
+import errno
 import os
 import shutil
 import tempfile
@@ -50,9 +51,11 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_folder(path: Path, content: dict[str, bytes]) -> None:
-    """Write a folder of files whole or not at all; it takes the place of a folder `path` that was there."""
+    """Write a folder of files whole or not at all; it takes the place of a folder `path` of such files."""
     if not path.parent.exists():
         path.parent.mkdir(parents=True)
+    if path.is_symlink():
+        raise NotADirectoryError(errno.ENOTDIR, "a link is in its place", str(path))
     aside = Path(tempfile.mkdtemp(ASIDE, f".{path.name}.", path.parent))
     try:
         aside.chmod(0o777 & ~_umask())
@@ -64,7 +67,12 @@ def write_folder(path: Path, content: dict[str, bytes]) -> None:
         sync(aside)
         if path.exists():
             remove_folder(path, content)
-        aside.rename(path)
+        if path.exists():  # it holds somebody else's files, which stay
+            for name in content:
+                (aside / name).rename(path / name)
+            sync(path)
+        else:
+            aside.rename(path)
         sync(path.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

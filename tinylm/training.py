@@ -108,13 +108,20 @@ class TrainState:
         self.val_loss: float | None = None  # where the last step ended with an evaluation
         self.best_val_loss: float | None = None
         self.evaluations_since_best = 0
-        self.pending: Step | None = None  # the last step, while its evaluation is still to be done
-        self.sound = True  # False from the beginning of an update to its end, and once something was not finite
+        self.pending: Step | None = None  # the last step, until train() has evaluated it, if that is due
+        self.current: Step | None = None  # the last step, until the caller asks train() for the next one
+        self.sound = True  # False while the state changes (in an update), and once something was not finite
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done, or `early_stop` evaluations in a row brought no new best."""
         return self.step >= self.config.steps or 0 < self.config.early_stop <= self.evaluations_since_best
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the last step ends with an evaluation."""
+        every = self.config.eval_every
+        return self.step == self.config.steps or (every > 0 and self.step % every == 0)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it: the live arrays of the model and the optimizer, numbers, and the state of `tinylm.random`."""
@@ -142,6 +149,8 @@ class TrainState:
         self.pending = None if state["pending"] is None else Step(**state["pending"])
         for name in _COUNTS:
             setattr(self, name, state[name])
+        if self.step:
+            self.optimizer.set_lr(self.schedule(self.step - 1))
 
 
 _COUNTS = ("step", "val_loss", "best_val_loss", "evaluations_since_best")
@@ -162,8 +171,10 @@ def train(
     model.train()
 
     with Workers(model, config.threads, group) as workers:
+        state.current = state.pending
         if state.pending is not None:
             yield evaluated(state, val_tokens, workers)
+            state.current = None
         while not state.finished:
             started = perf_counter()
 
@@ -197,25 +208,27 @@ def train(
             tokens = config.batch_size * state.block_size
             done = Step(state.step, loss, lr, grad_norm, clipped, tokens, perf_counter() - started)
             done.loss_scale = loss_scale if scaler.enabled else None
-            if state.step == config.steps or (config.eval_every and state.step % config.eval_every == 0):
-                state.pending = done
+            state.current = state.pending = done
             state.sound = True
-            yield done if state.pending is None else evaluated(state, val_tokens, workers)
+            yield evaluated(state, val_tokens, workers)
+            state.current = None
 
 
 def evaluated(state: TrainState, val_tokens: np.ndarray, workers: Workers) -> Step:
-    """The pending step with its validation loss."""
+    """The pending step, with its validation loss if that is due."""
     assert state.pending is not None
     done = state.pending
-    val_loss = evaluate(state.model, val_tokens, state.config.batch_size, state.block_size, workers)
-    if not math.isfinite(val_loss):
+    if state.evaluation_due and done.val_loss is None:
+        val_loss = evaluate(state.model, val_tokens, state.config.batch_size, state.block_size, workers)
         state.sound = False
-        raise FloatingPointError(f"step {state.step}: the validation loss is {val_loss:.4g}")
-    done.val_loss = state.val_loss = val_loss
-    if state.best_val_loss is None or val_loss < state.best_val_loss:
-        state.best_val_loss, state.evaluations_since_best = val_loss, 0
-    else:
-        state.evaluations_since_best += 1
+        if not math.isfinite(val_loss):
+            raise FloatingPointError(f"step {state.step}: the validation loss is {val_loss:.4g}")
+        done.val_loss = state.val_loss = val_loss
+        if state.best_val_loss is None or val_loss < state.best_val_loss:
+            state.best_val_loss, state.evaluations_since_best = val_loss, 0
+        else:
+            state.evaluations_since_best += 1
+        state.sound = True
     state.pending = None
     return done
 

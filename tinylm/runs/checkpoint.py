@@ -36,7 +36,7 @@ class Checkpoint:
         return int(self.path.name.removeprefix("step-"))
 
     def write(self, state: dict[str, Any], about: dict[str, Any]) -> None:
-        """Write the `state_dict()` of a TrainState, and what is to be known `about` it (JSON; 'model' describes the model).
+        """Write the `state_dict()` of a TrainState, and what is to be known `about` it (JSON; 'model': the model).
 
         Raises OSError if it cannot be written, and FloatingPointError if an array is not finite.
         """

@@ -1,8 +1,8 @@
 """Diagnosis of a training run from its curves: the condition, the evidence, and what to try.
 
 `diagnose(records)` examines a finished run; `Monitor` applies the same rules while it runs. A record is one of a run's
-metrics (see metrics.py): a step's (`loss`, `lr`, `grad_norm`, ...) or an evaluation's (`val_loss`). What counts as wrong
-is listed in conditions.py.
+metrics (see metrics.py): a step's (`loss`, `lr`, `grad_norm`, ...) or an evaluation's (`val_loss`). What counts as
+wrong is listed in conditions.py.
 """
 
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,9 @@
 """One process at a time in a run's folder."""
 
 import os
+import re
 import socket
+import stat
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,26 +21,36 @@ class Lock:
     """Held as long as this object lives. The kernel releases it when the process dies, however it dies."""
 
     def __init__(self, descriptor: int):
-        self.descriptor = descriptor
+        self.descriptor: int | None = descriptor
 
-    def __del__(self) -> None:
-        os.close(self.descriptor)
+    def close(self) -> None:
+        if self.descriptor is not None:
+            os.close(self.descriptor)
+        self.descriptor = None
+
+    __del__ = close
 
 
 def lock(folder: Path) -> Lock:
     """The lock of a folder; several users in this process share it. Raises ValueError if another process has it."""
-    descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o666)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    try:
+        descriptor = os.open(folder / NAME, flags, 0o666)
+    except OSError as error:
+        raise ValueError(f"{folder / NAME} cannot be opened: {error.strerror}") from None
+    held = Lock(descriptor)  # closes it, should anything fail
     status = os.fstat(descriptor)
     key = status.st_dev, status.st_ino
     if (mine := _held.get(key)) is not None:
-        os.close(descriptor)
         return mine
+    owner = os.pread(descriptor, 300, 0).decode(errors="replace") if stat.S_ISREG(status.st_mode) else "no file"
+    if not re.fullmatch(r"(process \d+ on .*\n)?", owner):
+        raise ValueError(f"{folder / NAME} was not written by tinylm: choose another folder")
     if fcntl is not None:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
+            owner = owner.strip() or "another process"
             raise ValueError(
                 f"{folder} is in use by {owner}: wait until it has ended, or choose another folder"
             ) from None
@@ -46,5 +58,16 @@ def lock(folder: Path) -> Lock:
             pass
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    _held[key] = made = Lock(descriptor)
-    return made
+    _held[key] = held
+    return held
+
+
+def _forget() -> None:
+    """In a forked child: it must not hold its parent's locks any longer than the parent does."""
+    for each in _held.values():
+        each.close()
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -5,9 +5,9 @@ metrics.jsonl has a line for each step:
     {"step": 250, "tokens": 192000, "loss": 2.31, "lr": 0.006, "grad_norm": 0.41, "clipped": false, "loss_scale": null,
      "tokens_per_second": 17210.4, "seconds": 11.2}
 
-`tokens` and `seconds` (of training) count from the run's beginning; `loss` (nats a token) and `grad_norm` are null where
-they were not finite. Each evaluation has a line {"step": 250, "val_loss": 2.27}. samples.jsonl has a line for each text
-that the model wrote: {"step": 250, "text": "..."}.
+`tokens` and `seconds` (of training) count from the run's beginning; `loss` (nats a token) and `grad_norm` are null
+where they were not finite. Each evaluation has a line {"step": 250, "val_loss": 2.27}. samples.jsonl has a line for
+each text that the model wrote: {"step": 250, "text": "..."}.
 """
 
 import json
@@ -32,10 +32,12 @@ class Log:
         self.folder = folder
         self.tokens = 0  # since the run began
         self.seconds = 0.0  # of training
-        self._unwritten = ""  # metrics not yet written because the disk was full
+        self._last: Step | None = None
+        self._unwritten = {METRICS: "", SAMPLES: ""}  # lines not yet written because the disk was full
 
     def step(self, step: Step) -> list[dict[str, Any]]:
         """Append a step's metrics; returns the records: the step's, and its evaluation's if any."""
+        self._last = step
         self.tokens += step.tokens
         self.seconds += step.seconds
         record = {
@@ -61,16 +63,25 @@ class Log:
 
     def sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote after `step` steps."""
-        _append(self.folder / SAMPLES, json.dumps({"step": step, "text": text}) + "\n")
+        self._append(SAMPLES, [{"step": step, "text": text}])
 
     def _append(self, name: str, records: list[dict[str, Any]]) -> None:
-        self._unwritten += "".join(json.dumps(record) + "\n" for record in records)
-        _append(self.folder / name, self._unwritten)
-        self._unwritten = ""
+        self._unwritten[name] += "".join(json.dumps(record) + "\n" for record in records)
+        if self._unwritten[name]:
+            _append(self.folder / name, self._unwritten[name])
+        self._unwritten[name] = ""
+
+    def undo(self, step: Step) -> None:
+        """Do not count `step`, if it was counted: a resumed run does it again."""
+        if self._last is step:
+            self.tokens -= step.tokens
+            self.seconds -= step.seconds
+            self._last = None
 
     def sync(self) -> None:
-        """Flush both files to the disk."""
+        """Write what waits for a disk with room, and flush both files to the disk."""
         for name in (METRICS, SAMPLES):
+            self._append(name, [])
             with suppress(FileNotFoundError):
                 sync(self.folder / name)
 
@@ -138,7 +149,7 @@ def _append(path: Path, text: str) -> None:
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(text)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             os.truncate(path, size)
         raise

@@ -83,14 +83,15 @@ class Progress:
         at = f"{step.step:{len(str(self.steps))}}/{self.steps}"
         loss = f"loss {step.loss:.3f} smoothed {self.loss.add(step.loss):.3f}"
         speed = step.tokens / self.seconds.add(step.seconds)
-        left = clock((now - self.started) / (step.step - self.done) * (self.steps - step.step))
+        pace = (now - self.started) / max(1, step.step - self.done)  # a resumed run may begin with an evaluation
+        left = clock(pace * (self.steps - step.step))
         line = f"{at} {loss} lr {step.lr:.1e} norm {step.grad_norm:.2f} {speed:,.0f} tok/s {left} left"
         if step.val_loss is not None:
             self.validated = f", validation loss {step.val_loss:.3f} at step {step.step}"
         self.stands = f"after step {step.step} of {self.steps}: {loss}{self.validated}"
 
         if not self.console.is_interactive:
-            if step.val_loss is not None or step.step == self.done + 1 or now >= self.due:
+            if step.val_loss is not None or not self.due or now >= self.due:
                 print(line if step.val_loss is None else f"{line} validation loss {step.val_loss:.3f}", flush=True)
                 self.due = now + self.period
             return

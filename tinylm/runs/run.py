@@ -29,7 +29,7 @@ from .metrics import METRICS, SAMPLES, Log
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
 RESULTS = ("loss.png", "summary.json", "report.html")
-LOGS = (METRICS, SAMPLES, "samples.txt")  # the last in earlier versions
+LOGS = (METRICS, SAMPLES)
 MARK = {"format": "tinylm run", "version": FORMAT}
 MODELS: dict[str, Callable[[dict[str, Any]], Module]] = {"GPT": lambda config: GPT(GPTConfig(**config))}
 
@@ -74,8 +74,8 @@ class Run:
         self._id = config.get("id")
         return {name: value for name, value in config.items() if name not in (*MARK, "id")}
 
-    def start(self, config: Mapping[str, Any] = MappingProxyType({})) -> None:
-        """Begin a new run in the folder; a run that was there is deleted, and nothing else.
+    def start(self, config: Mapping[str, Any] = MappingProxyType({}), replace: bool = True) -> None:
+        """Begin a new run in the folder; if `replace`, a run that was there is deleted, and nothing else.
 
         `config` is for people and for `tinylm report`.
 
@@ -85,12 +85,17 @@ class Run:
         theirs = [name for name in (CONFIG, CHECKPOINTS, *LOGS, *RESULTS) if os.path.lexists(self.folder / name)]
         if theirs and not self.exists():
             raise ValueError(f"{self.folder} is no run of tinylm, but holds {', '.join(theirs)}: choose another folder")
-        self._lock()
+        self._enter()
+        if not replace and self.exists():  # begun and ended by another process, since ours looked
+            raise ValueError(f"{self.folder} holds a run now: choose another folder")
         self._id = secrets.token_hex(8)
         # First, so that a process killed after this line leaves a new run without a checkpoint, and never the old one
         # under the new configuration: the old checkpoints have another id.
         self.write_config(config)
-        self._remove(self._checkpoints())
+        self._remove(self._sound())  # a damaged one may be somebody else's
+        self._begin()
+
+    def _begin(self) -> None:
         for name in (*LOGS, *RESULTS):
             (self.folder / name).unlink(missing_ok=True)
         (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
@@ -100,8 +105,15 @@ class Run:
         content = {**MARK, "id": self._id, **config}
         write_whole(self.folder / CONFIG, json.dumps(content, indent=2) + "\n")
 
-    def _lock(self) -> None:
+    def _enter(self) -> None:
+        """Lock the folder. Raises ValueError if another process is in it, or a link or a folder in a file's place."""
         self._held = lock(writable_folder(self.folder))
+        for name in (CONFIG, *LOGS, *RESULTS):
+            path = self.folder / name
+            if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+                raise ValueError(f"{path} is not a file that tinylm wrote: choose another folder")
+        if os.path.lexists(self.folder / CHECKPOINTS):
+            writable_folder(self.folder / CHECKPOINTS)
         sweep(self.folder, CONFIG, *LOGS, *RESULTS)
         sweep(self.folder / CHECKPOINTS, "*step-*")
 
@@ -116,13 +128,14 @@ class Run:
     def _checkpoints(self) -> list[Checkpoint]:
         folder = self.folder / CHECKPOINTS
         paths = [path for path in folder.iterdir() if re.fullmatch(r"step-\d+", path.name)] if folder.is_dir() else []
-        return sorted((Checkpoint(path) for path in paths if path.is_dir()), key=lambda each: each.step)
+        written = [path for path in paths if not path.is_symlink() and any((path / name).exists() for name in FILES)]
+        return sorted(map(Checkpoint, written), key=lambda each: each.step)
 
-    def _is_mine(self, checkpoint: Checkpoint) -> bool:
+    def _is_mine(self, checkpoint: Checkpoint, if_damaged: bool = True) -> bool:
         try:
             return checkpoint.about().get("run") == self._id or not (self.folder / CONFIG).exists()
         except DamagedError:
-            return True
+            return if_damaged
 
     def save(self, state: TrainState, tokenizer: Tokenizer, data: str, keep_last: int = 2) -> Path:
         """Save a checkpoint; delete all but the `keep_last` newest and the best. Returns its path.
@@ -139,10 +152,12 @@ class Run:
             "seconds": self.log.seconds,
         }
         checkpoint = Checkpoint(self.folder / CHECKPOINTS / f"step-{state.step:08}")
+        if checkpoint in self._checkpoints() and not self._is_mine(checkpoint, if_damaged=False):
+            self._set_aside(checkpoint, "other")
         self.log.sync()  # otherwise a power cut might lose lines from before the checkpoint
         checkpoint.write(state.state_dict(), about)
         self.saved = state.step
-        saved = self.checkpoints()
+        saved = [each for each in self._checkpoints() if self._is_mine(each, if_damaged=False)]
         self._remove([each for each in saved[: -max(1, keep_last)] if each != _best(saved)])
         return checkpoint.path
 
@@ -160,7 +175,7 @@ class Run:
         Raises ValueError for another model, tokenizer or data (it says which), if every checkpoint is damaged, or if
         another process is in the folder; `state` and the folder are unchanged then.
         """
-        self._lock()
+        self._enter()
         saved = self.checkpoints()
         if others := len(self._checkpoints()) - len(saved):
             tell(f"{others} of the checkpoints in {self.folder / CHECKPOINTS} are of another run, and are left alone")
@@ -182,7 +197,7 @@ class Run:
             if saved:
                 raise ValueError(f"no checkpoint in {self.folder / CHECKPOINTS} is sound")
             tell(f"there is no checkpoint in {self.folder / CHECKPOINTS} yet: beginning at the first step")
-            (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
+            self._begin()
         self.log.forget_after(state.step if state.pending is None else state.step - 1)
 
     @contextmanager
@@ -201,11 +216,17 @@ class Run:
                 with suppress(OSError):
                     self.log.failed(state.step + 1)
             if state.sound and state.step and self.saved != state.step:
+                if state.current is not None:  # to be evaluated, recorded and shown again when it is resumed
+                    self.log.undo(state.current)
+                    state.pending = state.current
                 try:
                     save()
                     tell(f"saved step {state.step}")
                 except (OSError, MemoryError, FloatingPointError) as trouble:
-                    tell(f"step {state.step} could not be saved: {trouble}")
+                    unsaved = f"step {state.step} could not be saved: {trouble}"
+                    if not isinstance(error, Exception):  # it was only asked to stop
+                        raise OSError(unsaved) from None
+                    tell(unsaved)
             if isinstance(error, FloatingPointError):
                 for each in self.checkpoints():
                     if each.step == state.step:  # its numbers are finite, but what the model computes with them is not
