@@ -61,7 +61,7 @@ def main() -> None:
                 tell_changes(before, config, state.step)
                 run.write_config(config)
             else:
-                run.start(config, replace=args.overwrite)
+                run.start(config, replace=bool(args.overwrite))
 
         print(f"text        {len(tokens):,} tokens, {tokenizer.vocab_size} different; the last tenth is for validation")
         print(f"model       {model.num_parameters():,} parameters")

@@ -267,7 +267,7 @@ def test_overwrite_that_is_killed_at_its_start_never_continues_the_old_run(finis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "_remove", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            killed.start({"block_size": 16, "steps": 3, "lr": 0.5})
+            killed.start({"block_size": 16, "steps": 3, "lr": 0.5}, replace=True)
     del killed
     assert Run(finished).checkpoints() == []
     done = run("--data", text_file, "--resume", cwd=finished.parent)

@@ -356,7 +356,9 @@ def test_a_new_run_takes_the_place_of_the_old_one(saved):
     assert run.exists()
     run.record_sample(1, "old")
     (saved / "notes.txt").write_text("not ours")
-    run.start({"lr": 1})
+    with pytest.raises(ValueError, match="holds a run: resume it, replace it, or choose another folder"):
+        run.start({"lr": 1})
+    run.start({"lr": 1}, replace=True)
     assert run.config() == {"lr": 1}
     assert sorted(contents(saved)) == ["config.json", "notes.txt"]
     assert steps_saved(saved) == []

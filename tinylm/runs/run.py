@@ -74,20 +74,20 @@ class Run:
         self._id = config.get("id")
         return {name: value for name, value in config.items() if name not in (*MARK, "id")}
 
-    def start(self, config: Mapping[str, Any] = MappingProxyType({}), replace: bool = True) -> None:
+    def start(self, config: Mapping[str, Any] = MappingProxyType({}), replace: bool = False) -> None:
         """Begin a new run in the folder; if `replace`, a run that was there is deleted, and nothing else.
 
         `config` is for people and for `tinylm report`.
 
-        Raises ValueError if the folder holds a file of somebody else under a name that a run uses, or if another
-        process is in it.
+        Raises ValueError if the folder holds a run (unless `replace`), or a file of somebody else under a name that a
+        run uses, or if another process is in it.
         """
         theirs = [name for name in (CONFIG, CHECKPOINTS, *LOGS, *RESULTS) if os.path.lexists(self.folder / name)]
         if theirs and not self.exists():
             raise ValueError(f"{self.folder} is no run of tinylm, but holds {', '.join(theirs)}: choose another folder")
         self._enter()
-        if not replace and self.exists():  # begun and ended by another process, since ours looked
-            raise ValueError(f"{self.folder} holds a run now: choose another folder")
+        if not replace and self.exists():
+            raise ValueError(f"{self.folder} holds a run: resume it, replace it, or choose another folder")
         self._id = secrets.token_hex(8)
         # First, so that a process killed after this line leaves a new run without a checkpoint, and never the old one
         # under the new configuration: the old checkpoints have another id.
