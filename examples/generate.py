@@ -4,14 +4,12 @@ tinylm generate --run runs/char --prompt "The "
 tinylm generate --prompt "The " --temperature 0.7 --top-p 0.95 --stop "."
 """
 
-from pathlib import Path
-
 import numpy as np
 
 from tinylm import cli, fused
 from tinylm.array import to_device
 from tinylm.data import Tokenizer
-from tinylm.runs import load_model
+from tinylm.runs import load_model, newest_run
 
 
 def main() -> None:
@@ -20,7 +18,10 @@ def main() -> None:
     text = "\n" if args.prompt is None else args.prompt
 
     with parser.mistakes():
-        model, tokenizer = load_model(args.run or newest_run(), args.device)
+        folder = args.run or newest_run()
+        if folder is None:
+            raise ValueError("there is no run under runs/ yet: `tinylm train` makes one, or name its folder with --run")
+        model, tokenizer = load_model(folder, args.device)
         fused.load(tell=lambda message: None)
         prompt = encode(tokenizer, text, "--prompt")
         if args.stop is not None:
@@ -45,14 +46,6 @@ def main() -> None:
         raise KeyboardInterrupt(f"after {count} tokens") from None
     finally:
         print()  # so that the next output starts on a new line
-
-
-def newest_run() -> Path:
-    """The run under runs/ that was started last. Raises ValueError if there is none."""
-    configs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-    if not configs:
-        raise ValueError("there is no run under runs/ yet: `tinylm train` makes one, or name its folder with --run")
-    return configs[-1].parent
 
 
 def options() -> cli.Parser:

@@ -8,8 +8,11 @@ Without --data it trains on the Python language reference, which comes with ever
 """
 
 import io
+import itertools
 import json
 import math
+import re
+import shlex
 from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
@@ -31,11 +34,14 @@ from tinylm.data import (
 )
 from tinylm.files import write_whole
 from tinylm.parallel import available_cores
-from tinylm.runs import Run, read_metrics
+from tinylm.runs import Run, newest_run, read_metrics
 from tinylm.runs.diagnosis import Monitor
 from tinylm.runs.plots import loss_curve
 from tinylm.runs.progress import Progress, tell_changes
 from tinylm.training import TrainConfig, TrainState, evaluate, train
+
+# The flags that a resumed run keeps, besides those of the model and of the training.
+KEPT = ("data", "device", "save_every", "keep_last", "sample_tokens", "temperature", "top_k")
 
 
 def main() -> None:
@@ -51,7 +57,8 @@ def main() -> None:
             notes: list[str] = []
             engine = list(fused.load(*args.engine or (), tell=notes.append)) or ["reference"]
             config = {
-                **{name: getattr(args, name) for name in ("data", "tokenizer", "device")},
+                **{name: getattr(args, name) for name in KEPT},
+                "tokenizer": tokenizer.describe()["kind"],
                 "engine": engine,
                 **asdict(model.config),
                 **asdict(state.config),
@@ -63,7 +70,9 @@ def main() -> None:
             else:
                 run.start(config, replace=bool(args.overwrite))
 
-        print(f"text        {len(tokens):,} tokens, {tokenizer.vocab_size} different; the last tenth is for validation")
+        print(
+            f"text        {len(tokens):,} tokens, a vocabulary of {tokenizer.vocab_size}; the last tenth is for validation"
+        )
         print(f"model       {model.num_parameters():,} parameters")
         print(f"engine      {', '.join(engine)}", *notes, sep="\n")
         print(f"run         {run.folder}", flush=True)
@@ -93,12 +102,21 @@ def arguments(parser: cli.Parser) -> tuple[Namespace, Run, dict[str, Any] | None
 
 
 def run_folder(args: Namespace) -> Path:
-    """runs/NAME after the data, or runs/NAME-2 and so on: the first that is free, or the last that is not."""
-    first = Path("runs") / (Path(args.data).stem if args.data else "char")
-    folders = [first]
-    while folders[-1].exists():
-        folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
-    return folders[-2] if (args.resume or args.overwrite) and len(folders) > 1 else folders[-1]
+    """runs/NAME after the data, with a number if that is taken; to resume or replace a run, the newest of these.
+
+    To resume without --data it is the newest of all runs.
+    """
+    name = (Path(args.data).resolve().stem or "data") if args.data else "char"
+    if args.resume or args.overwrite:
+        pattern = r".*" if args.resume and not args.data else rf"{re.escape(name)}(-\d+)?"
+        if (newest := newest_run("runs", pattern)) is not None:
+            return newest
+    folder = Path("runs") / name
+    for number in itertools.count(2):
+        if not folder.exists():
+            break
+        folder = Path("runs") / f"{name}-{number}"
+    return folder
 
 
 def read_data(path: str | None, kind: str) -> tuple[np.ndarray, Tokenizer, str]:
@@ -163,7 +181,9 @@ def finish(
     if state.step < state.config.steps:
         print(f"stopped     after step {state.step}: no better validation loss in {args.early_stop} evaluations")
     if state.val_loss is None:  # resumed with fewer steps than were already done
-        state.val_loss = evaluate(state.model, val_tokens, args.batch_size, state.block_size)
+        state.val_loss = evaluate(
+            state.model, val_tokens[: args.eval_tokens or None], args.batch_size, state.block_size
+        )
     summary = {
         "val_loss": state.val_loss,
         "best_val_loss": state.best_val_loss,
@@ -188,10 +208,12 @@ def finish(
     if args.sample_tokens:
         print(f"sample      {args.sample_tokens} tokens at temperature {args.temperature}:\n")
         print(sample(state.model, tokenizer, args, args.sample_tokens))
+    folder = shlex.quote(str(run.folder))
+    go_on = f"--steps {2 * state.config.steps}" if state.step >= state.config.steps else "--early-stop 0"
     print(f"""
-next        tinylm generate --run {run.folder} --prompt "The "
-            tinylm report {run.folder}
-            tinylm train --out {run.folder} --resume --steps {2 * state.config.steps}""")
+next        tinylm generate --run {folder} --prompt "The "
+            tinylm report {folder}
+            tinylm train --out {folder} --resume {go_on}""")
     if run.saved != state.step:
         raise OSError(f"the last checkpoint could not be saved: saved is step {run.saved}")
 
@@ -258,7 +280,7 @@ def options() -> cli.Parser:
         "--out",
         metavar="DIR",
         help="the run's folder (default: runs/NAME after --data, with a number if that is taken; with --resume and "
-        "--overwrite the last)",
+        "--overwrite the newest)",
     )
     again = output.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", default=None, help="continue the run")

@@ -434,7 +434,7 @@ def test_the_example_trains_the_same_on_a_text_and_on_its_prepared_folder(tmp_pa
             cwd=tmp_path, capture_output=True, encoding="utf-8", env=ENVIRONMENT, timeout=60,
         )  # fmt: skip
         assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith(f"text        {len(TEXT):,} tokens, {len(set(TEXT))} different")
+        assert done.stdout.startswith(f"text        {len(TEXT):,} tokens, a vocabulary of {len(set(TEXT))}")
         losses[name] = json.loads((tmp_path / f"run-{name}" / "summary.json").read_text())["val_loss"]
     assert losses["text"] == losses["prepared"] != losses["less"]
     # A run goes on with the same data in the other form.
@@ -460,7 +460,7 @@ def test_the_command_prepares_and_tells(tmp_path):
     done = command("prepare", "b", "a", "b", "--out", "new/out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(
-        "text        9 tokens, 5 different\nwritten     new/out/tokens.bin (0.0 MB), new/out/"
+        "text        9 tokens, a vocabulary of 5\nwritten     new/out/tokens.bin (0.0 MB), new/out/"
     )
     tokens, vocabulary, _ = open_tokens(tmp_path / "new" / "out")
     assert vocabulary.decode(tokens) == "twoonetwo"

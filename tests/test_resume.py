@@ -374,7 +374,7 @@ def test_more_steps_and_another_rate_are_allowed_and_told(finished):
     assert rates[30] < rates[21]
     assert Run(finished).config()["steps"] == 30
     assert Run(finished).config()["batch_size"] == 5
-    assert steps_saved(finished) == [20, 30]
+    assert steps_saved(finished) == [25, 30]  # --save-every=5 is kept
 
 
 def test_what_is_not_said_again_stays_as_it_was(text_file, tmp_path):
@@ -387,6 +387,40 @@ def test_what_is_not_said_again_stays_as_it_was(text_file, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert Run(tmp_path / "o").config() == {**before, "steps": 6}
     assert last_step(tmp_path / "o") == 6
+
+
+def test_without_out_the_newest_run_is_resumed(text_file, tmp_path):
+    """Folders are named after the data; a second run of the same data gets a number."""
+    shutil.copy(text_file, tmp_path / "novel.txt")
+    small = [x for x in SMALL if x != "--out=o"]
+
+    def train(*arguments):
+        return subprocess.run(
+            [sys.executable, str(PROGRAM), *arguments], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
+            timeout=120,
+        ).stdout  # fmt: skip
+
+    for name in ("novel", "novel-2"):
+        assert f"\nrun         runs/{name}\n" in train("--data=novel.txt", "--steps=2", "--keep-last=7", *small)
+    stdout = train("--resume", "--steps=3")
+    assert "resumed after step 2 from runs/novel-2/" in stdout
+    assert Run(tmp_path / "runs" / "novel-2").config()["keep_last"] == 7
+    assert "runs/novel-2\n" in train("--data=novel.txt", "--overwrite", "--steps=1", *small)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["novel", "novel-2"]
+
+
+def test_a_signal_that_is_ignored_does_not_stop_training(text_file, tmp_path):
+    """As with nohup, or with & in a script."""
+    program = subprocess.Popen(
+        command("--data", text_file, "--steps=60", "--eval-every=0"), cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: [signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGHUP)],
+    )  # fmt: skip
+    wait_for_step(program, tmp_path / "o", 5)
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGINT):
+        program.send_signal(number)
+    assert program.wait(60) == 0
+    assert last_step(tmp_path / "o") == 60
 
 
 # --- damage -------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from tinylm import GPT, GPTConfig, files, random
 from tinylm.data import CharTokenizer, fingerprint, split
-from tinylm.runs import DamagedError, Run, load_model, metrics, read_metrics
+from tinylm.runs import DamagedError, Run, load_model, metrics, newest_run, read_metrics
 from tinylm.runs.checkpoint import _checksum
 from tinylm.runs.progress import tell_changes
 from tinylm.training import Step, TrainConfig, TrainState, train
@@ -820,3 +820,82 @@ def test_a_run_that_has_had_its_steps_says_so(capsys):
     line = "note: the run has had its {} steps; give more --steps to go on"
     assert told_changes(capsys, 20) == [line.format(20)]
     assert told_changes(capsys, 20, steps=15) == [line.format(15)]
+
+
+# --- what a user of the library may do ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("key", ["id", "format", "version"])
+def test_a_config_does_not_take_the_runs_own_keys(key, tmp_path):
+    with pytest.raises(ValueError, match=rf"^a run's config cannot have the keys {key}: tinylm uses them$"):
+        Run(tmp_path / "new").start({key: "mine"})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_was_neither_started_nor_resumed_here_goes_on_as_itself(saved):
+    state = make()
+    state.step = 4
+    save(Run(saved), state, keep_last=9)
+    assert steps_saved(saved) == [1, 2, 3, 4]
+    assert run_id(saved, 4) == run_id(saved, 3)
+
+
+def run_id(folder, step):
+    return json.loads((folder / "checkpoints" / f"step-{step:08}" / "state.json").read_text())["run"]
+
+
+def test_a_second_start_counts_from_zero(tmp_path):
+    run, state = new(tmp_path)
+    advance(run, state, steps=3)
+    run.start({}, replace=True)
+    assert (run.log.tokens, run.log.seconds) == (0, 0)
+
+
+def test_a_replaced_runs_damaged_checkpoint_does_not_block_the_new_run(saved):
+    for checkpoint in Run(saved).checkpoints():
+        truncate(checkpoint.path / "state.json")
+    Run(saved).start({}, replace=True)
+    _, told = resume(saved, make())
+    assert [line.partition(" in ")[0] for line in told] == ["there is no checkpoint"]
+
+
+def test_a_failure_does_not_set_aside_the_checkpoint_that_was_resumed_from(saved):
+    """The cause may be a mistake in the user's op, since mended."""
+    state = make()
+    run, _ = resume(saved, state)
+    with pytest.raises(FloatingPointError, match="the last good checkpoint is .*step-00000003"):
+        with run.keeping(state, lambda: save(run, state)):
+            raise FloatingPointError("step 4: the loss is nan")
+    assert steps_saved(saved) == [1, 2, 3]
+
+
+def test_where_only_a_bad_checkpoint_is_left_the_logs_are_kept(tmp_path):
+    run, state = new(tmp_path)
+    with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
+        with run.keeping(state, lambda: save(run, state)):
+            advance(run, state, steps=2, save_every=2)
+            raise FloatingPointError("step 3: the loss is nan")
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"set aside as .*bad-step-00000002.*: rename it to step-\.\.\. to go on"):
+        resume(tmp_path, make())
+    assert contents(tmp_path) == before
+
+
+def test_a_validation_loss_that_is_not_finite_is_recorded_as_such(tmp_path, monkeypatch):
+    run, state = new(tmp_path)
+    monkeypatch.setattr("tinylm.training.evaluate", lambda *_: float("nan"))
+    with pytest.raises(FloatingPointError, match="step 6: the validation loss is nan"):
+        with run.keeping(state, lambda: save(run, state)):
+            advance(run, state, save_every=99)
+    *_, step, evaluation = read_metrics(tmp_path)
+    assert (step["step"], evaluation) == (6, {"step": 6, "val_loss": None})
+    assert step["loss"] > 0
+
+
+def test_the_newest_run(tmp_path):
+    assert newest_run(tmp_path) is None
+    for time, name in enumerate(["novel-2", "novel", "char"]):
+        Run(tmp_path / name).start()
+        os.utime(tmp_path / name / "config.json", (time, time))
+    assert newest_run(tmp_path) == tmp_path / "char"
+    assert newest_run(tmp_path, r"novel(-\d+)?") == tmp_path / "novel"

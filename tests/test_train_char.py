@@ -95,7 +95,17 @@ def test_a_run_tells_and_writes_what_it_did(short_run):
     assert summary["seconds"] * summary["tokens_per_second"] == pytest.approx(20 * 4 * 16)
     C, V, T = 16, len(set(TEXT)), 16
     assert summary["parameters"] == (V + T) * C + 12 * C * C + 13 * C + 2 * C
-    shown = {"data", "device", *(f.name for f in fields(GPTConfig)), *(f.name for f in fields(TrainConfig))}
+    shown = {
+        "data",
+        "device",
+        "save_every",
+        "keep_last",
+        "sample_tokens",
+        "temperature",
+        "top_k",
+        *(f.name for f in fields(GPTConfig)),
+        *(f.name for f in fields(TrainConfig)),
+    }
     assert set(summary["config"]) == shown | {"engine", "tokenizer"}
     assert summary["config"]["n_embd"] == 16
     assert summary["config"]["vocab_size"] == V
@@ -183,7 +193,7 @@ def test_help_shows_every_default(tmp_path):
     assert flags.pop("-h")
     defaults = {f.name: str(f.default) for c in (TrainConfig, GPTConfig) for f in fields(c) if f.name != "vocab_size"}
     defaults |= {"data": "Python's own language reference", "top_k": "all", "device": "cpu"}
-    defaults["out"] = "runs/NAME after --data, with a number if that is taken; with --resume and --overwrite the last"
+    defaults["out"] = "runs/NAME after --data, with a number if that is taken; with --resume and --overwrite the newest"
     defaults["tokenizer"] = "characters"
     defaults |= {
         "engine": "all engines that are installed",

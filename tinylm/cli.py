@@ -55,7 +55,10 @@ def add_options(group: Any, config: type, **helps: str) -> None:
 def from_options(config: type[Config], options: argparse.Namespace, **more: Any) -> Config:
     """The dataclass `config` made from the flags with its fields' names, and from `more`."""
     names = [field.name for field in fields(config)]  # type: ignore[arg-type]
-    return config(**{name: getattr(options, name) for name in names if name in options}, **more)
+    try:
+        return config(**{name: getattr(options, name) for name in names if name in options}, **more)
+    except TypeError as error:  # a config.json that somebody edited
+        raise ValueError(error) from None
 
 
 def at_least(low: float, kind: Callable[[str], Any] = int) -> Callable[[str], Any]:
@@ -95,8 +98,7 @@ def run(main: Callable[[], None]) -> NoReturn:
     try:
         try:
             for number in _signals():
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    signal.signal(number, end)
+                signal.signal(number, end)
             main()
             sys.stdout.flush()
         finally:
@@ -208,11 +210,9 @@ class Stop:
 
 
 def _signals() -> list[int]:
-    """Those that end a program: Ctrl-C, SIGTERM and, unless it is ignored, SIGHUP."""
-    numbers: list[int] = [signal.SIGINT, signal.SIGTERM]
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-        numbers.append(signal.SIGHUP)
-    return numbers
+    """Those that end a program, Ctrl-C, SIGTERM and SIGHUP, but for those that are ignored (nohup; & in a script)."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    return [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def clock(seconds: float) -> str:

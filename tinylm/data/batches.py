@@ -12,8 +12,10 @@ def split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, val): the last `val_fraction` of the tokens is for validation.
 
-    With `block_size`, raises ValueError for too few tokens to train on a block of it and to validate.
+    Raises ValueError for a fraction that is not in [0, 1); with `block_size`, also for too few tokens to train on a block of it and to validate.
     """
+    if not 0 <= val_fraction < 1:
+        raise ValueError(f"split: val_fraction must be at least 0 and below 1, not {val_fraction}")
     cut = int(len(tokens) * (1 - val_fraction))
     if block_size is not None and (cut <= block_size or len(tokens) - cut < 2):
         raise ValueError(
@@ -25,7 +27,7 @@ def split(
 
 def fingerprint(tokens: np.ndarray) -> str:
     """The SHA-256 of the tokens' bytes, in hexadecimal: it identifies the data."""
-    return hashlib.sha256(np.ascontiguousarray(tokens).tobytes()).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(tokens).data).hexdigest()
 
 
 def get_batch(

@@ -139,7 +139,7 @@ def main() -> None:
         tokenizer = None if args.tokenizer == "characters" else TOKENIZERS[args.tokenizer]()
         header = prepare(args.files, args.out, args.force, show, tokenizer)
     count, out = header["tokens"], Path(args.out)
-    print(f"text        {count:,} tokens, {make_tokenizer(header['tokenizer']).vocab_size} different")
+    print(f"text        {count:,} tokens, a vocabulary of {make_tokenizer(header['tokenizer']).vocab_size}")
     print(f"written     {out / TOKENS} ({_gb(count * DTYPES[header['dtype']].itemsize)}), {out / HEADER}")
     print(f"time        {clock(perf_counter() - started)}")
 

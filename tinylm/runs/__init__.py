@@ -2,6 +2,6 @@
 
 from .checkpoint import Checkpoint, DamagedError
 from .metrics import read_metrics, read_samples
-from .run import Run, load_model
+from .run import Run, load_model, newest_run
 
-__all__ = ["Checkpoint", "DamagedError", "Run", "load_model", "read_metrics", "read_samples"]
+__all__ = ["Checkpoint", "DamagedError", "Run", "load_model", "newest_run", "read_metrics", "read_samples"]

@@ -47,9 +47,7 @@ class Checkpoint:
         for found in arrays.values():
             for name, a in found.items():
                 if not all_finite([a]):
-                    raise FloatingPointError(
-                        f"step {state['step']}: the model has gone bad and is not saved; {name} is not finite"
-                    )
+                    raise FloatingPointError(f"step {state['step']}: the state is not saved; {name} is not finite")
         content = {
             name: save({each: np.ascontiguousarray(to_device(a, "cpu")) for each, a in found.items()})
             for name, found in arrays.items()

@@ -1,5 +1,6 @@
 """One process at a time in a run's folder."""
 
+import fcntl
 import os
 import re
 import socket
@@ -7,11 +8,6 @@ import stat
 from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
-
-try:
-    import fcntl
-except ImportError:  # Windows: no lock
-    fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
 _held: WeakValueDictionary[Any, "Lock"] = WeakValueDictionary()  # by the file's device and inode
@@ -33,7 +29,7 @@ class Lock:
 
 def lock(folder: Path) -> Lock:
     """The lock of a folder; several users in this process share it. Raises ValueError if another process has it."""
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     try:
         descriptor = os.open(folder / NAME, flags, 0o666)
     except OSError as error:
@@ -43,19 +39,17 @@ def lock(folder: Path) -> Lock:
     key = status.st_dev, status.st_ino
     if (mine := _held.get(key)) is not None:
         return mine
-    owner = os.pread(descriptor, 300, 0).decode(errors="replace") if stat.S_ISREG(status.st_mode) else "no file"
-    if not re.fullmatch(r"(process \d+ on .*\n)?", owner):
+    is_file = stat.S_ISREG(status.st_mode)
+    owner = os.pread(descriptor, 300, 0).decode(errors="replace") if is_file else ""
+    if not is_file or not re.fullmatch(r"(process \d+ on .*\n)?", owner):
         raise ValueError(f"{folder / NAME} was not written by tinylm: choose another folder")
-    if fcntl is not None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = owner.strip() or "another process"
-            raise ValueError(
-                f"{folder} is in use by {owner}: wait until it has ended, or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = owner.strip() or "another process"
+        raise ValueError(f"{folder} is in use by {owner}: wait until it has ended, or choose another folder") from None
+    except OSError:  # a file system without locks
+        pass
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
     _held[key] = held
@@ -69,5 +63,4 @@ def _forget() -> None:
     _held.clear()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_forget)

@@ -61,6 +61,10 @@ class Log:
         """Append that the loss or the gradient of a step was not finite, so that the report shows what happened."""
         self._append(METRICS, [{"step": step, "loss": None, "grad_norm": None}])
 
+    def failed_evaluation(self, step: int) -> None:
+        """Append that the validation loss after a step was not finite."""
+        self._append(METRICS, [{"step": step, "val_loss": None}])
+
     def sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote after `step` steps."""
         self._append(SAMPLES, [{"step": step, "text": text}])

@@ -174,14 +174,14 @@ def read_config(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a JSON object")
     flat: dict[str, Any] = {}
 
-    def lay(values: dict[str, Any], prefix: str) -> None:
+    def flatten(values: dict[str, Any], prefix: str) -> None:
         for name, value in values.items():
             if isinstance(value, dict):
-                lay(value, f"{prefix}{name}.")
+                flatten(value, f"{prefix}{name}.")
             else:
                 flat[prefix + name] = value
 
-    lay({name: value for name, value in config.items() if name not in (*MARK, "id")}, "")
+    flatten({name: value for name, value in config.items() if name not in (*MARK, "id")}, "")
     return flat
 
 

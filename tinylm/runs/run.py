@@ -24,7 +24,7 @@ from ..gpt import GPT, GPTConfig
 from ..nn import Module
 from ..training import Step, TrainState
 from .checkpoint import FILES, FORMAT, Checkpoint, DamagedError, describe
-from .lock import lock
+from .lock import Lock, lock
 from .metrics import METRICS, SAMPLES, Log
 
 CONFIG, CHECKPOINTS = "config.json", "checkpoints"
@@ -47,6 +47,8 @@ class Run:
         self.log = Log(self.folder)
         self.saved: int | None = None  # the step of the newest checkpoint
         self._id: str | None = None  # in config.json and in each of the run's checkpoints
+        self._held: Lock | None = None
+        self._resumed: int | None = None  # the step that `resume` found
 
     # --- configuration ------------------------------------------------------------------------------------------------
 
@@ -82,6 +84,8 @@ class Run:
         Raises ValueError if the folder holds a run (unless `replace`), or a file of somebody else under a name that a
         run uses, or if another process is in it.
         """
+        if taken := {*MARK, "id"} & config.keys():
+            raise ValueError(f"a run's config cannot have the keys {', '.join(sorted(taken))}: tinylm uses them")
         theirs = [name for name in (CONFIG, CHECKPOINTS, *LOGS, *RESULTS) if os.path.lexists(self.folder / name)]
         if theirs and not self.exists():
             raise ValueError(f"{self.folder} is no run of tinylm, but holds {', '.join(theirs)}: choose another folder")
@@ -92,10 +96,13 @@ class Run:
         # First, so that a process killed after this line leaves a new run without a checkpoint, and never the old one
         # under the new configuration: the old checkpoints have another id.
         self.write_config(config)
-        self._remove(self._sound())  # a damaged one may be somebody else's
+        self._remove(self._sound())
+        for damaged in self._checkpoints():  # it may be somebody else's
+            self._set_aside(damaged, "damaged")
         self._begin()
 
     def _begin(self) -> None:
+        self.log = Log(self.folder)
         for name in (*LOGS, *RESULTS):
             (self.folder / name).unlink(missing_ok=True)
         (self.folder / CHECKPOINTS).mkdir(exist_ok=True)
@@ -104,6 +111,13 @@ class Run:
     def write_config(self, config: Mapping[str, Any]) -> None:
         content = {**MARK, "id": self._id, **config}
         write_whole(self.folder / CONFIG, json.dumps(content, indent=2) + "\n")
+
+    def _open(self) -> None:
+        """Lock the folder, if neither `start` nor `resume` did."""
+        if self._held is None:
+            self._enter()
+            with suppress(ValueError):
+                self.config()
 
     def _enter(self) -> None:
         """Lock the folder. Raises ValueError if another process is in it, or a link or a folder in a file's place."""
@@ -143,6 +157,7 @@ class Run:
         `data` identifies the data (see `data.fingerprint`). Raises OSError if it cannot be written, and
         FloatingPointError for arrays that are not finite: the existing checkpoints are then unchanged.
         """
+        self._open()
         about = {
             "run": self._id,
             "model": describe(state.model),
@@ -158,7 +173,8 @@ class Run:
         checkpoint.write(state.state_dict(), about)
         self.saved = state.step
         saved = [each for each in self._checkpoints() if self._is_mine(each, if_damaged=False)]
-        self._remove([each for each in saved[: -max(1, keep_last)] if each != _best(saved)])
+        best = _best(saved)
+        self._remove([each for each in saved[: -max(1, keep_last)] if each != best])
         return checkpoint.path
 
     def _set_aside(self, checkpoint: Checkpoint, why: str) -> None:
@@ -188,7 +204,7 @@ class Run:
             _same(about, state, tokenizer, data)
             state.load_state_dict(described)
             self.log.tokens, self.log.seconds = about["tokens"], about["seconds"]
-            self.saved = state.step
+            self.saved = self._resumed = state.step
             tell(f"resumed after step {state.step} from {checkpoint.path}")
             for damaged in saved[saved.index(checkpoint) + 1 :]:  # so that it does not count as the newest
                 self._set_aside(damaged, "damaged")
@@ -196,6 +212,10 @@ class Run:
         else:
             if saved:
                 raise ValueError(f"no checkpoint in {self.folder / CHECKPOINTS} is sound")
+            if aside := sorted((self.folder / CHECKPOINTS).glob("bad-step-*")):
+                raise ValueError(
+                    f"the only checkpoint was set aside as {aside[-1]}: rename it to step-... to go on from it"
+                )
             tell(f"there is no checkpoint in {self.folder / CHECKPOINTS} yet: beginning at the first step")
             self._begin()
         self.log.forget_after(state.step if state.pending is None else state.step - 1)
@@ -206,15 +226,19 @@ class Run:
     ) -> Iterator[None]:
         """Inside, an exception after a sound step that is not saved yet ends with `save()`: a step done is kept.
 
-        A FloatingPointError is noted in the metrics and names the last good checkpoint; one that has just been saved
-        is not, and is set aside.
+        A FloatingPointError is noted in the metrics and names the last good checkpoint. A checkpoint of the step just
+        before it, if it was saved since `start` or `resume`, is renamed bad-step-....
         """
         try:
             yield
         except BaseException as error:
             if isinstance(error, FloatingPointError):
                 with suppress(OSError):
-                    self.log.failed(state.step + 1)
+                    if state.pending is not None:  # the step was done, and its evaluation failed
+                        self.log.step(state.pending)
+                        self.log.failed_evaluation(state.step)
+                    else:
+                        self.log.failed(state.step + 1)
             if state.sound and state.step and self.saved != state.step:
                 if state.current is not None:  # to be evaluated, recorded and shown again when it is resumed
                     self.log.undo(state.current)
@@ -229,7 +253,9 @@ class Run:
                     tell(unsaved)
             if isinstance(error, FloatingPointError):
                 for each in self.checkpoints():
-                    if each.step == state.step:  # its numbers are finite, but what the model computes with them is not
+                    if (
+                        each.step == state.step != self._resumed
+                    ):  # its numbers are finite, but what the model computes with them is not
                         self._set_aside(each, "bad")
                 saved = self.checkpoints()
                 good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
@@ -240,10 +266,12 @@ class Run:
 
     def record(self, step: Step) -> list[dict[str, Any]]:
         """Append a step's metrics; returns the records: the step's, and its evaluation's if any."""
+        self._open()
         return self.log.step(step)
 
     def record_sample(self, step: int, text: str) -> None:
         """Append a text that the model wrote after `step` steps."""
+        self._open()
         self.log.sample(step, text)
 
     def _sound(self) -> list[Checkpoint]:
@@ -253,6 +281,12 @@ class Run:
                 each.about()
                 sound.append(each)
         return sound
+
+
+def newest_run(folder: str | Path = "runs", pattern: str = r".*") -> Path | None:
+    """The run in a folder of runs, with a name like `pattern`, that was started or resumed last; None without any."""
+    configs = [path for path in Path(folder).glob("*/" + CONFIG) if re.fullmatch(pattern, path.parent.name)]
+    return max(configs, key=lambda path: path.stat().st_mtime).parent if configs else None
 
 
 def load_model(folder: str | Path, device: str = "cpu", model: Module | None = None) -> tuple[Any, Any]:
