@@ -70,9 +70,8 @@ def main() -> None:
             else:
                 run.start(config, replace=bool(args.overwrite))
 
-        print(
-            f"text        {len(tokens):,} tokens, a vocabulary of {tokenizer.vocab_size}; the last tenth is for validation"
-        )
+        sizes = f"{len(tokens):,} tokens, a vocabulary of {tokenizer.vocab_size}"
+        print(f"text        {sizes}; the last tenth is for validation")
         print(f"model       {model.num_parameters():,} parameters")
         print(f"engine      {', '.join(engine)}", *notes, sep="\n")
         print(f"run         {run.folder}", flush=True)

@@ -863,18 +863,18 @@ def test_a_failure_does_not_set_aside_the_checkpoint_that_was_resumed_from(saved
     """The cause may be a mistake in the user's op, since mended."""
     state = make()
     run, _ = resume(saved, state)
-    with pytest.raises(FloatingPointError, match="the last good checkpoint is .*step-00000003"):
-        with run.keeping(state, lambda: save(run, state)):
-            raise FloatingPointError("step 4: the loss is nan")
+    good = r"the last good checkpoint is .*step-00000003"
+    with pytest.raises(FloatingPointError, match=good), run.keeping(state, lambda: save(run, state)):
+        raise FloatingPointError("step 4: the loss is nan")
     assert steps_saved(saved) == [1, 2, 3]
 
 
 def test_where_only_a_bad_checkpoint_is_left_the_logs_are_kept(tmp_path):
     run, state = new(tmp_path)
-    with pytest.raises(FloatingPointError, match="there is no checkpoint yet"):
-        with run.keeping(state, lambda: save(run, state)):
-            advance(run, state, steps=2, save_every=2)
-            raise FloatingPointError("step 3: the loss is nan")
+    advance(run, state, steps=2, save_every=2)
+    none = "there is no checkpoint yet"
+    with pytest.raises(FloatingPointError, match=none), run.keeping(state, lambda: save(run, state)):
+        raise FloatingPointError("step 3: the loss is nan")
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"set aside as .*bad-step-00000002.*: rename it to step-\.\.\. to go on"):
         resume(tmp_path, make())
@@ -884,9 +884,9 @@ def test_where_only_a_bad_checkpoint_is_left_the_logs_are_kept(tmp_path):
 def test_a_validation_loss_that_is_not_finite_is_recorded_as_such(tmp_path, monkeypatch):
     run, state = new(tmp_path)
     monkeypatch.setattr("tinylm.training.evaluate", lambda *_: float("nan"))
-    with pytest.raises(FloatingPointError, match="step 6: the validation loss is nan"):
-        with run.keeping(state, lambda: save(run, state)):
-            advance(run, state, save_every=99)
+    told = "step 6: the validation loss is nan"
+    with pytest.raises(FloatingPointError, match=told), run.keeping(state, lambda: save(run, state)):
+        advance(run, state, save_every=99)
     *_, step, evaluation = read_metrics(tmp_path)
     assert (step["step"], evaluation) == (6, {"step": 6, "val_loss": None})
     assert step["loss"] > 0

@@ -12,7 +12,8 @@ def split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, val): the last `val_fraction` of the tokens is for validation.
 
-    Raises ValueError for a fraction that is not in [0, 1); with `block_size`, also for too few tokens to train on a block of it and to validate.
+    Raises ValueError for a fraction that is not in [0, 1), and, with `block_size`, for too few tokens to train on a
+    block of it and to validate.
     """
     if not 0 <= val_fraction < 1:
         raise ValueError(f"split: val_fraction must be at least 0 and below 1, not {val_fraction}")
