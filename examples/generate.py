@@ -15,14 +15,16 @@ from tinylm.runs import load_model, newest_run
 def main() -> None:
     parser = options()
     args = parser.parse_args()
-    text = "\n" if args.prompt is None else args.prompt
 
     with parser.mistakes():
-        folder = args.run or newest_run()
+        folder = newest_run(saved=True) if args.run is None else args.run
         if folder is None:
-            raise ValueError("there is no run under runs/ yet: `tinylm train` makes one, or name its folder with --run")
+            raise ValueError(
+                "there is no run with a checkpoint under runs/: `tinylm train` makes one, or name a folder with --run"
+            )
         model, tokenizer = load_model(folder, args.device)
         fused.load(tell=lambda message: None)
+        text = first_text(tokenizer) if args.prompt is None else args.prompt
         prompt = encode(tokenizer, text, "--prompt")
         if args.stop is not None:
             encode(tokenizer, args.stop, "--stop")  # the model must be able to write it
@@ -46,6 +48,15 @@ def main() -> None:
         raise KeyboardInterrupt(f"after {count} tokens") from None
     finally:
         print()  # so that the next output starts on a new line
+
+
+def first_text(tokenizer: Tokenizer) -> str:
+    """A line break, or the first token's text where the model has no line break."""
+    try:
+        tokenizer.encode("\n")
+        return "\n"
+    except ValueError:
+        return tokenizer.decode([0])
 
 
 def options() -> cli.Parser:

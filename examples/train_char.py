@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shlex
 from argparse import Namespace
@@ -32,6 +33,7 @@ from tinylm.data import (
     read_text,
     split,
 )
+from tinylm.data.tokenizer import describe
 from tinylm.files import write_whole
 from tinylm.parallel import available_cores
 from tinylm.runs import Run, newest_run, read_metrics
@@ -58,7 +60,7 @@ def main() -> None:
             engine = list(fused.load(*args.engine or (), tell=notes.append)) or ["reference"]
             config = {
                 **{name: getattr(args, name) for name in KEPT},
-                "tokenizer": tokenizer.describe()["kind"],
+                "tokenizer": describe(tokenizer)["kind"],
                 "engine": engine,
                 **asdict(model.config),
                 **asdict(state.config),
@@ -94,6 +96,8 @@ def arguments(parser: cli.Parser) -> tuple[Namespace, Run, dict[str, Any] | None
                 f"{run.folder} holds a run: --resume goes on with it, --overwrite replaces it, or choose another --out"
             )
     elif args.resume:
+        if os.path.lexists(run.folder / "config.json"):
+            run.config()  # says what is wrong with it
         print(f"there is no run in {run.folder} yet: beginning one")
     if args.device == "cuda":
         args.threads = 1  # a GPU is one worker
@@ -118,12 +122,16 @@ def run_folder(args: Namespace) -> Path:
     return folder
 
 
-def read_data(path: str | None, kind: str) -> tuple[np.ndarray, Tokenizer, str]:
+def read_data(path: str | None, kind: str | None) -> tuple[np.ndarray, Tokenizer, str]:
     """(tokens, tokenizer, fingerprint) of a text file, a folder of prepared tokens, or the default text for None."""
     if path is not None and Path(path).is_dir():
-        return open_tokens(path)
+        prepared = open_tokens(path)
+        its_kind = describe(prepared[1])["kind"]
+        if kind not in (None, its_kind):
+            raise ValueError(f"{path} was prepared with --tokenizer {its_kind}, not {kind}")
+        return prepared
     text = language_reference() if path is None else read_text(path)
-    tokenizer = CharTokenizer.of(text) if kind == "characters" else TOKENIZERS[kind]()
+    tokenizer = TOKENIZERS[kind]() if kind not in (None, "characters") else CharTokenizer.of(text)
     tokens = tokenizer.encode(text)
     return tokens, tokenizer, fingerprint(tokens)
 
@@ -208,9 +216,10 @@ def finish(
         print(f"sample      {args.sample_tokens} tokens at temperature {args.temperature}:\n")
         print(sample(state.model, tokenizer, args, args.sample_tokens))
     folder = shlex.quote(str(run.folder))
+    prompt = " ".join(tokenizer.decode(val_tokens[:20]).split()[:2])  # words that the model has characters for
     go_on = f"--steps {2 * state.config.steps}" if state.step >= state.config.steps else "--early-stop 0"
     print(f"""
-next        tinylm generate --run {folder} --prompt "The "
+next        tinylm generate --run {folder} --prompt {shlex.quote(prompt)}
             tinylm report {folder}
             tinylm train --out {folder} --resume {go_on}""")
     if run.saved != state.step:
@@ -229,7 +238,9 @@ def options() -> cli.Parser:
         "(default: Python's own language reference)",
     )
     data.add_argument(
-        "--tokenizer", choices=("characters", "bytes"), default="characters", help="what a token is; see tinylm.data"
+        "--tokenizer",
+        choices=("characters", "bytes"),
+        help="what a token is (default: characters; a prepared folder has its own)",
     )
 
     cli.add_options(

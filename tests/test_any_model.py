@@ -172,7 +172,7 @@ def test_a_tokenizer_of_ones_own(tmp_path, monkeypatch):
     run = Run(tmp_path)
     run.start()
     go_on(run, state, tokenizer, tokens)
-    with pytest.raises(ValueError, match=r"'words' is not among .*; add it to tinylm\.data\.TOKENIZERS"):
+    with pytest.raises(ValueError, match=r"'words' is not among .*; add its class to tinylm\.data\.TOKENIZERS"):
         load_model(tmp_path, model=MLP(tokenizer.vocab_size))
     monkeypatch.setitem(data.TOKENIZERS, "words", Words)
     _, loaded = load_model(tmp_path, model=MLP(tokenizer.vocab_size))
@@ -220,3 +220,25 @@ def test_a_model_without_a_config_is_described_by_its_name(tmp_path):
     assert about["model"] == {"class": "LSTM", "config": None}
     assert about["tokenizer"] == {"kind": "bytes"}
     assert run.config() == {"note": "mine"}
+
+
+def test_a_tokenizer_that_does_not_describe_itself_is_saved_by_its_name(tmp_path, monkeypatch):
+    class Digits:
+        vocab_size = 10
+
+        def encode(self, text):
+            return np.array([int(digit) for digit in text], np.uint16)
+
+        def decode(self, ids):
+            return "".join(map(str, ids))
+
+    run = Run(tmp_path)
+    run.start()
+    go_on(run, make("MLP", "default", Digits(), steps=1), Digits(), Digits().encode("0123456789" * 50))
+    monkeypatch.setitem(data.TOKENIZERS, "Digits", Digits)
+    assert isinstance(load_model(tmp_path, model=MLP(10))[1], Digits)
+
+
+def test_an_optimizer_of_another_models_parameters_is_refused():
+    with pytest.raises(ValueError, match="the optimizer is for parameters that are not those of this MLP"):
+        TrainState(MLP(5), TrainConfig(block_size=2), optim.SGD(MLP(5).parameters()))

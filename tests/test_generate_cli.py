@@ -70,7 +70,7 @@ def test_it_writes_the_prompt_and_what_the_model_adds(flags, options, folder):
 def test_without_flags_it_goes_on_from_a_line_break_in_the_last_run(folder, tmp_path):
     done = run(cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert "there is no run under runs/ yet" in done.stderr
+    assert "there is no run with a checkpoint under runs/" in done.stderr
     (tmp_path / "runs" / "older").mkdir(parents=True)
     (tmp_path / "runs" / "older" / "config.json").write_text("{}")
     os.utime(tmp_path / "runs" / "older" / "config.json", (0, 0))

@@ -195,7 +195,7 @@ def test_every_command_has_a_help(command, tmp_path):
         (["report"], "tinylm report: error: the following arguments are required: RUN"),
         (["report", "."], "tinylm report: error: . is not a run: it has no metrics.jsonl"),
         (["prepare"], "tinylm prepare: error: the following arguments are required: FILE, --out"),
-        (["generate"], "tinylm generate: error: there is no run under runs/ yet: "),
+        (["generate"], "tinylm generate: error: there is no run with a checkpoint under runs/: "),
         (["train", "--stepz", "3"], "tinylm train: error: unrecognized arguments: --stepz 3"),
     ],
 )

@@ -942,7 +942,7 @@ def test_a_run_that_appeared_meanwhile_is_not_replaced(tmp_path):
     ours, theirs = Run(tmp_path), Run(tmp_path)
     assert not ours.exists()
     theirs.start()
-    with pytest.raises(ValueError, match="holds a run: resume it"):
+    with pytest.raises(ValueError, match="holds a run: resume"):
         ours.start()
 
 

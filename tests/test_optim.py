@@ -870,3 +870,10 @@ def test_a_norm_whose_square_overflows_is_that_of_the_largest_entry_whatever_its
     p = Parameter(device.array(np.zeros(4, np.float32)))
     p.grad = device.array(np.full(4, sign * 1e25, np.float32))
     assert clip([p], 1.0)[0] == pytest.approx(2e25, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [None, 1.0, [np.zeros(2)], [("name", Parameter([1.0]))], [None]], ids=str)
+def test_clipping_what_are_no_parameters_is_refused(wrong):
+    for function in (clip, clip_grad_norm_):
+        with pytest.raises(TypeError, match=r"^clipping takes Parameters, such as model\.parameters\(\), not "):
+            function(wrong, 1.0)

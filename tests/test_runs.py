@@ -356,7 +356,7 @@ def test_a_new_run_takes_the_place_of_the_old_one(saved):
     assert run.exists()
     run.record_sample(1, "old")
     (saved / "notes.txt").write_text("not ours")
-    with pytest.raises(ValueError, match="holds a run: resume it, replace it, or choose another folder"):
+    with pytest.raises(ValueError, match="holds a run: resume"):
         run.start({"lr": 1})
     run.start({"lr": 1}, replace=True)
     assert run.config() == {"lr": 1}
@@ -899,3 +899,9 @@ def test_the_newest_run(tmp_path):
         os.utime(tmp_path / name / "config.json", (time, time))
     assert newest_run(tmp_path) == tmp_path / "char"
     assert newest_run(tmp_path, r"novel(-\d+)?") == tmp_path / "novel"
+
+
+def test_a_run_whose_configuration_is_damaged_still_gives_its_model(saved):
+    (saved / "config.json").write_text("{")
+    assert load_model(saved)[1].describe() == VOCABULARY.describe()
+    assert steps_saved(saved) == [1, 2, 3]

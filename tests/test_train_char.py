@@ -194,7 +194,7 @@ def test_help_shows_every_default(tmp_path):
     defaults = {f.name: str(f.default) for c in (TrainConfig, GPTConfig) for f in fields(c) if f.name != "vocab_size"}
     defaults |= {"data": "Python's own language reference", "top_k": "all", "device": "cpu"}
     defaults["out"] = "runs/NAME after --data, with a number if that is taken; with --resume and --overwrite the newest"
-    defaults["tokenizer"] = "characters"
+    defaults["tokenizer"] = "characters; a prepared folder has its own"
     defaults |= {
         "engine": "all engines that are installed",
         "threads": str(available_cores()),

@@ -169,6 +169,12 @@ def clip(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> tuple[float,
 
 def _gradients(parameters: Iterable[Tensor] | Tensor) -> list[Array]:
     parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"clipping takes Parameters, such as model.parameters(), not one {type(parameters).__name__}")
+    parameters = list(parameters)
+    for p in parameters:
+        if not isinstance(p, Tensor):
+            raise TypeError(f"clipping takes Parameters, such as model.parameters(), not {type(p).__name__}")
     return [p.grad for p in parameters if p.grad is not None]
 
 

@@ -89,14 +89,18 @@ class TrainState:
     ):
         """`model` is any Module with `loss(x, y)`, the mean loss of targets y (B, T) given token ids x (B, T).
 
-        `optimizer` is AdamW over the model's parameters by default; `schedule`, the learning rate of a step (counted
-        from 0), a warmup and a cosine. Raises ValueError if neither the config nor the model has a block size.
+        `optimizer` is AdamW over the model's parameters by default. `schedule` is the learning rate of a step, counted
+        from 0: by default a warmup and a cosine, of the config's `lr`. It replaces the optimizer's own lr.
+        Raises ValueError if neither the config nor the model has a block size, or if the optimizer is for parameters of
+        another model.
         """
         self.model = model
         self.config = config
         self.optimizer = optimizer or AdamW(
             decay_groups(model, config.weight_decay), config.lr, (config.beta1, config.beta2)
         )
+        if not set(self.optimizer.parameters()) <= set(model.parameters()):
+            raise ValueError(f"the optimizer is for parameters that are not those of this {type(model).__name__}")
         self.schedule = schedule or (
             lambda step: warmup_cosine(step, config.steps, config.lr, config.warmup, config.min_lr)
         )

@@ -20,7 +20,7 @@ import numpy as np
 from ..cli import Parser, clock
 from ..files import replacing, sweep, writable_folder
 from .text import read_chunks
-from .tokenizer import TOKENIZERS, CharTokenizer, Tokenizer, code_points, make_tokenizer
+from .tokenizer import TOKENIZERS, CharTokenizer, Tokenizer, code_points, describe, make_tokenizer
 from .tokens import DTYPES, FORMAT, HEADER, TOKENS, file_size
 
 CODE_POINTS = 0x110000  # of Unicode
@@ -63,7 +63,7 @@ def prepare(
                     written += len(ids)
                 if count not in (None, written):
                     raise ValueError(CHANGED)
-                header = {**FORMAT, "dtype": dtype, "tokens": written, "tokenizer": tokenizer.describe()}
+                header = {**FORMAT, "dtype": dtype, "tokens": written, "tokenizer": describe(tokenizer)}
                 header |= {"sources": sources, "sha256": sha256.hexdigest()}
                 header_file.write(json.dumps(header, indent=2).encode() + b"\n")
                 for file in (tokens_file, header_file):  # everything that can fail comes before the renaming

@@ -7,7 +7,11 @@ import numpy as np
 
 
 class Tokenizer(Protocol):
-    """What training, runs and generation need of a tokenizer. Your own works too, once it is in `TOKENIZERS`."""
+    """What training, runs and generation need of a tokenizer. Your own works too.
+
+    A run saves what `describe` returns, and `load_model` makes the tokenizer again from it if its class is in
+    `TOKENIZERS`. One without `describe` is saved by the name of its class, and made again without arguments.
+    """
 
     vocab_size: int
 
@@ -77,11 +81,18 @@ class ByteTokenizer:
 TOKENIZERS: dict[str, Any] = {"characters": CharTokenizer, "bytes": ByteTokenizer}
 
 
+def describe(tokenizer: Any) -> dict[str, Any]:
+    """What a run saves of a tokenizer; see `Tokenizer`."""
+    return tokenizer.describe() if hasattr(tokenizer, "describe") else {"kind": type(tokenizer).__name__}
+
+
 def make_tokenizer(description: Mapping[str, Any]) -> Any:
     """The tokenizer that `describe()` described. Raises ValueError for a kind that is not in TOKENIZERS."""
     kind, arguments = description["kind"], {name: x for name, x in description.items() if name != "kind"}
     if kind not in TOKENIZERS:
-        raise ValueError(f"tokenizer {kind!r} is not among {', '.join(TOKENIZERS)}; add it to tinylm.data.TOKENIZERS")
+        raise ValueError(
+            f"tokenizer {kind!r} is not among {', '.join(TOKENIZERS)}; add its class to tinylm.data.TOKENIZERS"
+        )
     return TOKENIZERS[kind](**arguments)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from ..array import Array, to_device
+from ..array import Array, is_array, to_device
 from ..tensor import Tensor, owned
 
 
@@ -155,8 +155,12 @@ class Module:
     def load_state_dict(self, state: Mapping[str, Array]) -> None:
         """Copy arrays into the parameters and buffers of the same names. The names and shapes must match exactly.
 
-        Raises ValueError that lists every missing, unexpected and mis-shaped name; then nothing is loaded.
+        Raises ValueError that lists every missing, unexpected and mis-shaped name, and TypeError for what is no array;
+        then nothing is loaded.
         """
+        for name, a in state.items():
+            if not is_array(a):
+                raise TypeError(f"load_state_dict: {name} must be an array, not {type(a).__name__}; try .numpy()")
         own: dict[str, Tensor] = dict((*self.named_parameters(), *self.named_buffers()))
         wrong = [f"missing {name}" for name in own if name not in state]
         wrong += [f"unexpected {name}" for name in state if name not in own]

@@ -193,7 +193,10 @@ def var(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> "Te
 
 @numpy_names
 def std(x: Any, axis: Axis = None, keepdims: bool = False, ddof: int = 0) -> "Tensor":
-    """Standard deviation over `axis`: the square root of `var`. Where it is 0 the gradient is 0."""
+    """Standard deviation over `axis`: the square root of `var`. Where it is 0 the gradient is 0.
+
+    As in NumPy, ddof is 0; PyTorch divides by n - 1 unless told otherwise, which is ddof=1.
+    """
     return Std.apply(x, axis=axis, keepdims=keepdims, ddof=ddof)
 
 

@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..data import Tokenizer, make_tokenizer
+from ..data.tokenizer import describe as describe_tokenizer
 from ..files import remove_folder, sweep, writable_folder, write_whole
 from ..gpt import GPT, GPTConfig
 from ..nn import Module
@@ -47,6 +48,7 @@ class Run:
         self.log = Log(self.folder)
         self.saved: int | None = None  # the step of the newest checkpoint
         self._id: str | None = None  # in config.json and in each of the run's checkpoints
+        self._configured = False  # config.json can be read
         self._held: Lock | None = None
         self._resumed: int | None = None  # the step that `resume` found
 
@@ -73,7 +75,7 @@ class Run:
         marked = isinstance(config, dict) and config.get("format") == MARK["format"]
         if not marked and not (isinstance(config, dict) and {"block_size", "steps", "lr"} <= config.keys()):
             raise ValueError(f"{path} is not the configuration of a run of tinylm")
-        self._id = config.get("id")
+        self._id, self._configured = config.get("id"), True
         return {name: value for name, value in config.items() if name not in (*MARK, "id")}
 
     def start(self, config: Mapping[str, Any] = MappingProxyType({}), replace: bool = False) -> None:
@@ -91,8 +93,8 @@ class Run:
             raise ValueError(f"{self.folder} is no run of tinylm, but holds {', '.join(theirs)}: choose another folder")
         self._enter()
         if not replace and self.exists():
-            raise ValueError(f"{self.folder} holds a run: resume it, replace it, or choose another folder")
-        self._id = secrets.token_hex(8)
+            raise ValueError(f"{self.folder} holds a run: resume() it, start(replace=True), or choose another folder")
+        self._id, self._configured = secrets.token_hex(8), True
         # First, so that a process killed after this line leaves a new run without a checkpoint, and never the old one
         # under the new configuration: the old checkpoints have another id.
         self.write_config(config)
@@ -135,6 +137,7 @@ class Run:
 
     def checkpoints(self) -> list[Checkpoint]:
         """This run's checkpoints, damaged or not, oldest first; not those left of a run that it replaced."""
+        self._configured = False
         with suppress(ValueError):
             self.config()
         return [each for each in self._checkpoints() if self._is_mine(each)]
@@ -147,7 +150,7 @@ class Run:
 
     def _is_mine(self, checkpoint: Checkpoint, if_damaged: bool = True) -> bool:
         try:
-            return checkpoint.about().get("run") == self._id or not (self.folder / CONFIG).exists()
+            return checkpoint.about().get("run") == self._id or not self._configured
         except DamagedError:
             return if_damaged
 
@@ -161,7 +164,7 @@ class Run:
         about = {
             "run": self._id,
             "model": describe(state.model),
-            "tokenizer": tokenizer.describe(),
+            "tokenizer": describe_tokenizer(tokenizer),
             "data": data,
             "tokens": self.log.tokens,
             "seconds": self.log.seconds,
@@ -283,9 +286,13 @@ class Run:
         return sound
 
 
-def newest_run(folder: str | Path = "runs", pattern: str = r".*") -> Path | None:
-    """The run in a folder of runs, with a name like `pattern`, that was started or resumed last; None without any."""
+def newest_run(folder: str | Path = "runs", pattern: str = r".*", saved: bool = False) -> Path | None:
+    """The run in a folder of runs, with a name like `pattern`, that was started or resumed last; None without any.
+
+    `saved`: only among those with a checkpoint.
+    """
     configs = [path for path in Path(folder).glob("*/" + CONFIG) if re.fullmatch(pattern, path.parent.name)]
+    configs = [path for path in configs if not saved or Run(path.parent).checkpoints()]
     return max(configs, key=lambda path: path.stat().st_mtime).parent if configs else None
 
 
@@ -347,7 +354,7 @@ def _same(about: dict[str, Any], state: TrainState, tokenizer: Tokenizer, data: 
         config = now["config"] or {}
         pairs = [(name, x, config.get(name)) for name, x in (before["config"] or {}).items() if name not in free]
         changed += [f"{name} was {x} and is {y}" for name, x, y in pairs if x != y]
-    old, new = about["tokenizer"], tokenizer.describe()
+    old, new = about["tokenizer"], describe_tokenizer(tokenizer)
     if old != new:
         what = "the tokenizer has changed"
         if old["kind"] == new["kind"] == "characters":
