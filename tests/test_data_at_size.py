@@ -356,6 +356,7 @@ def peak_mb(key="VmHWM"):
     return int(re.search(key + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 if sys.argv[1] == "prepare":
+    del sys.argv[1]
     prepare.main()
 else:
     tokens, vocabulary, _ = open_tokens(sys.argv[1])

@@ -79,7 +79,7 @@ def test_the_commands_write_the_runs_that_the_text_names(printed):
     for page in ("runs/char/report.html", "report.html"):
         assert page in README
         assert (folder / page).is_file()
-    assert "resumed after step 3" in output
+    assert "resumed after step 6 from runs/novel/" in output
 
 
 @pytest.mark.slow

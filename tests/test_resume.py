@@ -551,7 +551,8 @@ def live(main, arguments, die_at=None):
 def die_before_call(saves, number):
     """SIGKILL for this process, just before its call number `number` to the disk, counted from its save `saves` on.
 
-    Calls are those that open, make, remove, rename or flush a file of the run; with `saves` 0, from the first one on.
+    Calls are those that open for writing, make, remove, rename or flush a file of the run; with `saves` 0, from the
+    first one on.
     """
     log = os.open("deaths.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     calls = 0
@@ -567,7 +568,8 @@ def die_before_call(saves, number):
     def hook(event, details):
         changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
         if event == "open" and str(details[0]).startswith("o/"):
-            call("open", details[0])
+            if details[2] & (os.O_WRONLY | os.O_RDWR):  # dying before a file is read tells nothing new
+                call("open", details[0])
         elif changes and "__pycache__" not in str(details[0]):  # that is numba's
             call(event, details[0])
 
