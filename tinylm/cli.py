@@ -180,8 +180,8 @@ class Stop:
     """Inside, Ctrl-C, SIGTERM and SIGHUP only set `stop.signal` to the signal's number (0 before).
 
     The program must check it after each step, so that a step is never interrupted in the middle. A second Ctrl-C
-    interrupts at once, if `ready()`; after that nothing disturbs the end of the program. A SIGHUP that is ignored
-    (nohup) stays ignored.
+    interrupts at once, if `ready()`; after that nothing disturbs the end of the program. A signal that is ignored
+    (nohup; & in a script) stays ignored.
     """
 
     def __init__(self, ready: Callable[[], bool] = lambda: True) -> None:

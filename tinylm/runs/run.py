@@ -256,9 +256,8 @@ class Run:
                     tell(unsaved)
             if isinstance(error, FloatingPointError):
                 for each in self.checkpoints():
-                    if (
-                        each.step == state.step != self._resumed
-                    ):  # its numbers are finite, but what the model computes with them is not
+                    # Its numbers are finite, but what the model computes with them is not.
+                    if each.step == state.step != self._resumed:
                         self._set_aside(each, "bad")
                 saved = self.checkpoints()
                 good = f"the last good checkpoint is {saved[-1].path}" if saved else "there is no checkpoint yet"
