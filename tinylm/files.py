@@ -56,7 +56,7 @@ def write_folder(path: Path, content: dict[str, bytes]) -> None:
         path.parent.mkdir(parents=True)
     if path.is_symlink():
         raise NotADirectoryError(errno.ENOTDIR, "a link is in its place", str(path))
-    aside = Path(tempfile.mkdtemp(ASIDE, f".{path.name}.", path.parent))
+    aside, replaced = (_aside(path) for _ in range(2))
     try:
         aside.chmod(0o777 & ~_umask())
         for name, bytes_ in content.items():
@@ -65,27 +65,40 @@ def write_folder(path: Path, content: dict[str, bytes]) -> None:
                 file.flush()
                 os.fsync(file.fileno())
         sync(aside)
-        if path.exists():
-            remove_folder(path, content)
+        if path.exists() and _only(path, content):
+            path.rename(replaced)
         if path.exists():  # it holds somebody else's files, which stay
             for name in content:
-                (aside / name).rename(path / name)
+                (aside / name).replace(path / name)
             sync(path)
         else:
             aside.rename(path)
         sync(path.parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if not path.exists() and any(replaced.iterdir()):  # interrupted between the two renames
+            replaced.rename(path)
+        for each in (aside, replaced):
+            shutil.rmtree(each, ignore_errors=True)
 
 
 def remove_folder(path: Path, names: Iterable[str]) -> None:
     """Remove the folder `path` of the files `names`; if it holds anything else, only these files."""
-    if {each.name for each in path.iterdir()} <= set(names):
+    if _only(path, names):
         # First renamed, so that a process killed here does not leave half of it under its name.
-        shutil.rmtree(path.rename(tempfile.mkdtemp(ASIDE, f".{path.name}.", path.parent)))
+        shutil.rmtree(path.rename(_aside(path)))
     else:
         for name in names:
             (path / name).unlink(missing_ok=True)
+
+
+def _only(path: Path, names: Iterable[str]) -> bool:
+    """Whether the folder `path` holds nothing but files `names`."""
+    return {each.name for each in path.iterdir()} <= set(names)
+
+
+def _aside(path: Path) -> Path:
+    """A new folder beside `path`, under a hidden name."""
+    return Path(tempfile.mkdtemp(ASIDE, f".{path.name}.", path.parent))
 
 
 def sweep(folder: Path, *names: str) -> None:
