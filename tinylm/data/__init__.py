@@ -1,6 +1,7 @@
 """Text, tokenizers, tokens on disk, and batches."""
 
 from .batches import fingerprint, get_batch, split
+from .languages import Markov, Sentences
 from .text import language_reference, read_chunks, read_text
 from .tokenizer import TOKENIZERS, ByteTokenizer, CharTokenizer, Tokenizer, make_tokenizer
 from .tokens import Tokens, open_tokens
@@ -9,6 +10,8 @@ __all__ = [
     "TOKENIZERS",
     "ByteTokenizer",
     "CharTokenizer",
+    "Markov",
+    "Sentences",
     "Tokenizer",
     "Tokens",
     "fingerprint",

@@ -1,0 +1,73 @@
+"""Predictions: a guess before a result is known, kept in a file beside the lessons."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+from .compare import describe, number
+
+FILE = "predictions.json"
+
+
+class Prediction:
+    """A guess. When the result is there, `measured` compares the two."""
+
+    def __init__(self, name: str, what: str, guess: float | None, path: Path):
+        self.name, self.what, self.guess, self.path = name, what, guess, path
+
+    def measured(self, value: float, digits: int = 3) -> None:
+        """Print the result beside the guess, and write both down."""
+        value = float(value)
+        if self.guess is None:
+            told = "you made no prediction"
+        elif self.guess == value or not value:
+            told = f"you predicted {self.guess:.{digits}g}"
+        else:
+            off = abs(self.guess - value) / abs(value)
+            told = f"you predicted {self.guess:.{digits}g}, {f'{off:.0%} off' if off < 10 else 'far off'}"
+        print(f"prediction {self.name}: {self.what}: {value:.{digits}g}; {told}")
+        self.record(measured=value)
+
+    def record(self, **more: Any) -> None:
+        """Write the guess down, and what is known by now. A file that cannot be written or read is left as it is."""
+        try:
+            known = read(self.path)
+            known[self.name] = {"what": self.what, "predicted": self.guess, **more}
+            write_whole(self.path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+        except (OSError, ValueError) as error:
+            print(f"prediction {self.name} is not written down: {error}")
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """{name: {"what": ..., "predicted": ..., "measured": ...}}; empty without a file. ValueError for another file."""
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        known = None
+    if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
+        raise ValueError(f"{path} is not a file of predictions; move it away")
+    return known
+
+
+def predict(name: str, guess: float | None, what: str) -> Prediction:
+    """Predict a number before it is computed; None for no prediction. `what` says what is predicted, with its unit.
+
+        guess = predict("06.1", None, "loss after 60 steps, nats a token")
+        ...
+        guess.measured(loss)
+
+    The lesson goes on whatever the guess. Both numbers are kept in `predictions.json` beside the file that calls this,
+    or in the current folder in a notebook. Raises TypeError for a guess that is not a number.
+    """
+    value = None if guess is None or guess is Ellipsis else number(guess)
+    if value is None and guess is not None and guess is not Ellipsis:
+        raise TypeError(f'predict("{name}", ...) takes a number or None, not {describe(guess)}')
+    caller = sys._getframe(1).f_globals.get("__file__")
+    prediction = Prediction(name, what, value, Path(caller).parent / FILE if caller else Path(FILE))
+    if value is not None:
+        prediction.record()
+    return prediction
