@@ -16,6 +16,7 @@ import tinylm
 from tinylm import __main__
 
 ROOT = Path(__file__).parent.parent
+SHARED = ("examples/*.py", "lessons/*.py", "lessons/README.md", "lessons/solutions/*.py")
 SMALL = [
     "--n-layer=1",
     "--n-head=2",
@@ -114,14 +115,14 @@ def test_the_wheel_holds_the_package_and_the_programs_of_the_command(clone, buil
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     package = files(clone, "tinylm/**/*.py", "tinylm/py.typed", "tinylm/runs/report.html")
     share = f"tinylm-{tinylm.__version__}.data/data/share/tinylm"
-    assert names == package | {f"{share}/{name}" for name in files(clone, "examples/*.py")}
+    assert names == package | {f"{share}/{name}" for name in files(clone, *SHARED)}
     assert names >= {"tinylm/py.typed", "tinylm/runs/report.html", f"{share}/examples/train_char.py"}
 
 
 def test_the_sdist_holds_all_that_the_tests_and_the_readme_need(clone, built):
     with tarfile.open(built[1]) as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
-    folders = ("benchmarks/*", "docs/*", "examples/*", "tests/*", "tinylm/**/*")
+    folders = ("benchmarks/*", "docs/*", "examples/*", "lessons/**/*", "tests/*", "tinylm/**/*")
     needed = files(clone, *folders, "*.md", "LICENSE", "setup.cfg", "pyproject.toml")
     assert needed - names == set()
     assert needed >= {
@@ -142,6 +143,8 @@ def test_every_command_works_from_the_wheel(installed, tmp_path):
     assert succeed(command, "report", "runs/novel", cwd=tmp_path) == f"{Path('runs/novel/report.html')}\n"
     succeed(command, "prepare", "novel.txt", "--out", "tokens", cwd=tmp_path)
     succeed(command, "train", "--data", "tokens", *SMALL, cwd=tmp_path)
+    succeed(command, "lessons", "start", "mine", cwd=tmp_path)
+    assert files(tmp_path / "mine", "**/*") == files(ROOT / "lessons", "*.py", "README.md", "solutions/*.py")
     assert {path.name for path in tmp_path.joinpath("runs").iterdir()} == {"novel", "tokens"}
 
 
@@ -160,7 +163,7 @@ def test_a_program_that_is_missing_is_one_line(tmp_path):
     done = run(sys.executable, "-m", "tinylm", "train", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
-        f"tinylm train: error: train_char.py is neither in {tmp_path / 'examples'} nor where pip puts it; "
+        f"tinylm train: error: examples/train_char.py is neither in {tmp_path} nor where pip puts it; "
         "install tinylm again\n"
     )
 

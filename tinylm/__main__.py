@@ -1,4 +1,4 @@
-"""The command `tinylm`: train, generate, prepare, report.
+"""The command `tinylm`: train, generate, prepare, report, lessons.
 
     tinylm train --data novel.txt
     tinylm report runs/novel
@@ -14,13 +14,19 @@ from pathlib import Path
 from . import __version__, cli
 
 
+def _shipped(name: str) -> Path:
+    """A file or folder that travels with the package, such as examples/generate.py. Raises FileNotFoundError."""
+    root = Path(__file__).parent.parent  # a clone, or a folder such as PREFIX/lib/python3.11/site-packages
+    places = [root, *(folder / "share" / "tinylm" for folder in (root, *root.parents))]
+    path = next((place / name for place in places if (place / name).exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{name} is neither in {root} nor where pip puts it; install tinylm again")
+    return path
+
+
 def _example(name: str) -> Callable[[], None]:
     """The `main` of an example program. Raises FileNotFoundError if the installation lacks it."""
-    root = Path(__file__).parent.parent  # a clone, or a folder such as PREFIX/lib/python3.11/site-packages
-    places = [root / "examples", *(folder / "share" / "tinylm" / "examples" for folder in (root, *root.parents))]
-    path = next((place / name for place in places if (place / name).is_file()), None)
-    if path is None:
-        raise FileNotFoundError(f"{name} is neither in {places[0]} nor where pip puts it; install tinylm again")
+    path = _shipped(f"examples/{name}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
@@ -49,11 +55,18 @@ def _report() -> None:
     main()
 
 
+def _lessons() -> None:
+    from .coursework.lessons import main
+
+    main(_shipped("lessons/README.md").parent)
+
+
 COMMANDS = {
     "train": (_train, "train a GPT on a text"),
     "generate": (_generate, "write with a trained model"),
     "prepare": (_prepare, "turn texts of any size into tokens on disk"),
     "report": (_report, "draw training runs as one HTML page"),
+    "lessons": (_lessons, "list the lessons, or copy them into a folder"),
 }
 
 

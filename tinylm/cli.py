@@ -24,8 +24,8 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose --help shows the defaults, and whose errors are one line."""
 
-    def __init__(self, description: str | None):
-        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False)
+    def __init__(self, description: str | None = None, **options: Any):
+        super().__init__(description=description, formatter_class=_Help, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")

@@ -81,7 +81,7 @@ class Question:
 
     def examine(self, answer: Any) -> Verdict:
         """Judge an answer. Whatever a student's function does, this returns: only KeyboardInterrupt passes."""
-        if answer is None or answer is Ellipsis:
+        if _empty(answer):
             return self.not_done()
         with np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -143,7 +143,7 @@ class Function(Question):
                 return self.not_done()
             except Exception as error:
                 return Verdict(f"{where} your function raises {_told(error)}")
-            if (result is None or result is Ellipsis) and not results:
+            if _empty(result) and not results:
                 return self.not_done()
             outputs = self.outputs(result)
             if isinstance(outputs, str):
@@ -261,7 +261,7 @@ class Break(Question):
             args = tuple(np.asarray(a, np.float64) if np.shape(a) else a for a in args)
             inspect.signature(self.answer).bind(*args)
             problem = self.problem(*args)
-        except (TypeError, ValueError):
+        except Exception:  # it is nothing that the functions take
             problem = f"it is {describe(answer)}"
         if problem:
             return Verdict(f"not a fair input, {problem}. Give {self.takes}.")
@@ -273,6 +273,13 @@ class Break(Question):
             if wrong.when is not None and wrong.when(*args):
                 return Verdict(f"not right yet: {wrong.name}. {wrong.tells}", mistakes=(wrong.name,))
         return Verdict("not right yet: the given function is right there (or nearly so).")
+
+
+def _empty(answer: Any) -> bool:
+    """Whether nothing was filled in: None or ..., or a tuple of these."""
+    if isinstance(answer, tuple) and answer:
+        return all(map(_empty, answer))
+    return answer is None or answer is Ellipsis
 
 
 def _told(error: Exception) -> str:

@@ -1,0 +1,218 @@
+"""The lessons: what they say of themselves is so, they run, their pictures are there, and their solutions pass."""
+
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinylm.coursework import find, questions
+from tinylm.coursework.lessons import lessons
+from tinylm.coursework.question import QUESTIONS, Break
+
+FOLDER = Path(__file__).parent.parent / "lessons"
+LESSONS = lessons(FOLDER)
+EACH = pytest.mark.parametrize("lesson", LESSONS, ids=lambda lesson: lesson.path.stem)
+
+CPU_SECONDS = 60  # 30 seconds on two cores
+
+
+def asked(lesson):
+    """The questions of a lesson, in the order of its checks."""
+    return [find(name) for name in re.findall(r'^check\("(.+?)"', lesson.path.read_text(encoding="utf-8"), re.M)]
+
+
+def cells(lesson):
+    """(the code, the prose) of a lesson."""
+    text = lesson.path.read_text(encoding="utf-8")
+    prose = re.findall(r'^# %% \[markdown\]\nr"""\n(.*?)^"""$', text, re.M | re.S)
+    code = re.sub(r'^# %% \[markdown\]\nr"""\n(.*?)^"""$', "", text, flags=re.M | re.S)
+    return code, "\n\n".join(prose)
+
+
+# --- what can be seen without running it ------------------------------------------------------------------------------
+
+
+@EACH
+def test_a_lesson_asks_all_its_questions_in_order(lesson):
+    names = [q.name for q in asked(lesson)]
+    assert names == sorted(name for name in QUESTIONS if name.startswith(lesson.number + "."))
+    assert 3 <= len(names) <= 5
+    kinds = [type(q) for q in asked(lesson)]
+    assert Break in kinds
+    assert min(q.difficulty for q in asked(lesson)) == 1
+
+
+@EACH
+def test_the_text_says_of_an_exercise_what_the_catalogue_says(lesson):
+    _, prose = cells(lesson)
+    for q in asked(lesson):
+        assert f"**{q.name}** ({q.minutes} minutes, {'★' * q.difficulty})" in prose
+
+
+@EACH
+def test_the_function_to_break_is_the_one_that_the_catalogue_runs(lesson):
+    for q in asked(lesson):
+        if not isinstance(q, Break):
+            continue
+        code, _ = cells(lesson)
+        name = q.given.__name__
+        source = re.search(rf"^def {name}\(.*?(?=^\S)", code, re.M | re.S)
+        assert source is not None, f"{lesson.path.name} does not show {name}"
+        shown = {"np": np}
+        exec(source.group(), shown)
+        for answer in (q.example, *(wrong.answer for wrong in q.wrongs)):
+            args = answer if isinstance(answer, tuple) else (answer,)
+            with np.errstate(all="ignore"):
+                np.testing.assert_allclose(
+                    np.ravel(shown[name](*args)), np.ravel(q.given(*args)), rtol=1e-12, equal_nan=True
+                )
+
+
+@EACH
+def test_a_lesson_has_its_form(lesson):
+    code, prose = cells(lesson)
+    assert len(lesson.path.read_text(encoding="utf-8").splitlines()) <= 420
+    headings = re.findall(r"^## (.+)$", prose, re.M)
+    for heading in ("The same thing in tinylm", "In practice", "Exercises", "Where to read on"):
+        assert heading in headings
+    saved = re.findall(r'save_figure\(\w+, "(.+?)"\)', code)
+    assert saved
+    assert re.findall(r"!\[.+?\]\(figures/(.+?)\.png\)", prose) == saved
+    assert set(re.findall(r'predict\("(.+?)"', code)) == set(
+        re.findall(rf'predict\("({lesson.number}\.[a-z])", None', code)
+    )
+    for path in re.findall(r"`((?:tinylm|examples|lessons)/[\w/]*\.?\w*)`", prose):
+        assert (FOLDER.parent / path).exists(), path
+    assert "\\\\" not in prose  # in a raw string, LaTeX has one backslash
+
+
+@EACH
+def test_a_lesson_has_solutions_and_a_line_in_the_table(lesson):
+    solutions = (FOLDER / "solutions" / lesson.path.name).read_text(encoding="utf-8")
+    for q in asked(lesson):
+        assert f"**{q.name}**" in solutions
+        assert f'check("{q.name}", ' in solutions
+    table = (FOLDER / "README.md").read_text(encoding="utf-8")
+    row = next(line for line in table.splitlines() if f"({lesson.path.name})" in line)
+    assert f"| {lesson.minutes} |" in row
+    assert f"| [{lesson.number}]" in row
+    assert lesson.title in row
+
+
+def test_no_question_is_without_a_lesson():
+    parts = {lesson.number for lesson in LESSONS}
+    assert {part for part in questions.PARTS if part.isdigit()} == parts
+
+
+# --- run --------------------------------------------------------------------------------------------------------------
+
+
+def run(path, cwd):
+    return subprocess.run(
+        [sys.executable, "-W", "error::RuntimeWarning", str(path)], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
+
+
+@EACH
+def test_the_solutions_pass(lesson, tmp_path):
+    done = run(FOLDER / "solutions" / lesson.path.name, tmp_path)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(asked(lesson))
+    for q, line in zip(asked(lesson), lines, strict=True):
+        assert line.startswith(f"{q.name}: right"), line
+
+
+@pytest.mark.lessons
+@EACH
+def test_a_lesson_runs_in_its_time_and_draws_its_pictures(lesson, tmp_path):
+    from matplotlib.image import imread
+
+    path = Path(shutil.copy(lesson.path, tmp_path))
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = run(path, tmp_path)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert seconds < CPU_SECONDS
+    code, _ = cells(lesson)
+    for name in re.findall(r'save_figure\(\w+, "(.+?)"\)', code):
+        picture = imread(tmp_path / "figures" / f"{name}.png")[:, :, :3]
+        assert picture.shape[0] > 200
+        assert (np.ptp(picture, axis=(0, 1)) > 0.5).all()  # neither blank nor grey
+        assert (picture.min(axis=2) < 0.9).mean() > 0.01
+    for q in asked(lesson):
+        assert f"{q.name}: not done yet" in done.stdout
+    for name in re.findall(r'predict\("(.+?)"', code):
+        assert f"prediction {name}: " in done.stdout
+
+
+@pytest.mark.lessons
+@EACH
+def test_a_lesson_runs_as_a_notebook(lesson, tmp_path, monkeypatch):
+    jupytext = pytest.importorskip("jupytext")
+    notebook = jupytext.read(lesson.path)
+    kinds = [cell.cell_type for cell in notebook.cells]
+    assert kinds.count("markdown") == lesson.path.read_text(encoding="utf-8").count("# %% [markdown]")
+    for cell in notebook.cells:
+        assert not (cell.cell_type == "markdown" and '"""' in cell.source)
+    # As a kernel runs it: cell by cell, in one namespace, without a __file__.
+    script = tmp_path / "notebook.py"
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    script.write_text(f"names = {{}}\nfor source in {sources!r}:\n    exec(compile(source, 'cell', 'exec'), names)\n")
+    done = run(script, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert list((tmp_path / "figures").glob(f"{lesson.number}_*.png"))
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "tinylm", "lessons", *map(str, arguments)], cwd=cwd, capture_output=True, text=True
+    )
+
+
+def test_the_command_lists_the_lessons(tmp_path):
+    done = command(cwd=tmp_path)
+    assert done.returncode == 0
+    for lesson in LESSONS:
+        assert f"{lesson.number}  {lesson.title}" in done.stdout
+        assert lesson.question in done.stdout
+
+
+def test_the_command_copies_the_lessons(tmp_path):
+    done = command("start", "mine", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for lesson in LESSONS:
+        for path in (lesson.path.name, f"solutions/{lesson.path.name}"):
+            assert (tmp_path / "mine" / path).read_bytes() == (FOLDER / path).read_bytes()
+    assert (tmp_path / "mine" / "README.md").exists()
+    assert f"Begin with: python {Path('mine') / LESSONS[0].path.name}" in done.stdout
+
+    again = command("start", "mine", cwd=tmp_path)
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert "is not empty" in again.stderr
+
+
+@pytest.mark.parametrize("arguments", [["begin"], ["start"], ["start", "file"], ["start", "a", "b"], ["--what"]])
+def test_wrong_commands_get_one_line(arguments, tmp_path):
+    (tmp_path / "file").touch()
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_file_that_is_no_lesson(tmp_path):
+    (tmp_path / "00_x.py").write_text("print(1)\n")
+    with pytest.raises(ValueError, match="does not begin as a lesson does"):
+        lessons(tmp_path)
