@@ -208,7 +208,6 @@ q4 = Break(
     minutes=10,
     difficulty=2,
     takes="three arrays q, k, v of one shape (T, D), as a tuple, of finite numbers",
-    by=0.1,
     hints=(
         "-10,000 is only a very low score. When is it not the lowest of its row?",
         "Make the score of a query with its own key far lower than -10,000, and look at the first position.",
