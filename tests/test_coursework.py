@@ -89,6 +89,8 @@ def test_mistakes_that_any_function_may_have(question):
         lambda y: np.asarray(y) + 1j: "not an array of real numbers",
         lambda y: np.asarray(y, np.float16): "to three digits only",
     }.items():
+        if "digits" in told and all(a.dtype.kind == "i" for a in question.run(question.answer)[0]):
+            continue
         verdict = question.examine(but(change))
         assert not verdict.passed
         named = verdict.mistakes or "three digits" in verdict.message or "is zero" in verdict.message
