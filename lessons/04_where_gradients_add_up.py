@@ -82,7 +82,7 @@ step costs about three forwards.
 NumPy adds a bias $b$ of shape (K,) to $Y$ of shape (N, K) by using it in each of the N rows. N uses, N gradients: `db =
 dY.sum(axis=0)`. In general NumPy stretches an array in two ways. It puts new axes in front, and it repeats axes of
 length 1. Backward sums over all axes along which something was repeated. In tinylm this happens in one place for all
-ops (`_unbroadcast` in `tinylm/autograd.py`), and exercise 04.3 is to write it.
+ops (`unbroadcast` in `tinylm/autograd.py`), and exercise 04.3 is to write it.
 
 $dW = X^\top dY$ is the same rule: the sum over n is in the product.
 
@@ -189,6 +189,7 @@ assert counted < loss < counted + 0.03
 _, dW = loss_and_gradient(np.zeros((V, V)))
 occurs = counts.sum(axis=1)
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+left.loglog(occurs, 7e-5 * occurs, color=GREY, linewidth=1, label="proportional")
 left.scatter(occurs, np.abs(dW).sum(axis=1), color=BLUE, s=16)
 for v in range(V):
     left.annotate(characters[v].replace(" ", "␣"), (occurs[v], abs(dW[v]).sum()), (3, 3), textcoords="offset points")
@@ -197,6 +198,7 @@ left.set(
 )
 p = np.exp(W - W.max(axis=1, keepdims=True))
 p /= p.sum(axis=1, keepdims=True)
+left.legend(frameon=False)
 right.plot([0, 1], [0, 1], color=GREY, linewidth=1)
 right.scatter((counts / occurs[:, None]).ravel(), p.ravel(), color=ORANGE, s=10)
 right.set(xlabel="share counted in the text", ylabel="probability in the trained table", title="The table of counts")
