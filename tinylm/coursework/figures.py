@@ -9,17 +9,27 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from ..draw import Picture
+
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 
 
-def save_figure(figure: "Figure", name: str) -> None:
-    """Save a picture as figures/NAME.png, beside the file that calls this (in a notebook, in the current folder)."""
+def save_figure(figure: "Figure | Picture", name: str) -> None:
+    """Save a figure as figures/NAME.png, a drawn graph as figures/NAME.svg, beside the file that calls this.
+
+    In a notebook the folder is in the current one.
+    """
     caller = sys._getframe(1).f_globals.get("__file__")
     folder = (Path(caller).parent if caller else Path()) / "figures"
     folder.mkdir(exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
-    print(f"picture: {folder.name}/{name}.png")
+    if hasattr(figure, "svg"):
+        path = folder / f"{name}.svg"
+        figure.save(path)
+    else:
+        path = folder / f"{name}.png"
+        figure.savefig(path, dpi=120, bbox_inches="tight")
+    print(f"picture: {folder.name}/{path.name}")
 
 
 def bounds(axes: "Axes", V: int, entropy: float) -> None:
