@@ -4,7 +4,7 @@ import gc
 import re
 import weakref
 from collections import Counter
-from itertools import pairwise
+from itertools import combinations, pairwise
 from xml.etree import ElementTree
 
 import numpy as np
@@ -46,13 +46,14 @@ class Box:
 
 
 class Seen:
-    """A picture, read back: its boxes, and its edges as lists of points (x, y)."""
+    """A picture, read back: its boxes, and its edges as lists of curves."""
 
     def __init__(self, picture):
         root = ElementTree.fromstring(picture.svg)
         groups = root.findall(f"{SVG}g")
         self.boxes = [Box(group) for group in groups if group.find(f"{SVG}rect") is not None]
-        self.paths = [path.get("d") for path in groups[0].findall(f"{SVG}path")]
+        self.paths = [curves(path.get("d")) for path in groups[0].findall(f"{SVG}path")]
+        self.heads = re.findall(r"M([\d.]+) ([\d.]+)", root.findall(f"{SVG}path")[-1].get("d"))
         self.texts = [text.text for text in root.iter(f"{SVG}text")]
         self.labels = [text.text for text in groups[1]]
         self.width, self.height = float(root.get("width")), float(root.get("height"))
@@ -70,15 +71,22 @@ class Seen:
             lowers[box.top].append(i)
         found = []
         for path in self.paths:
-            x, y, u, v = (float(number) for number in [*numbers(path)[:2], *numbers(path)[-2:]])
+            (x, y), (u, v) = path[0][:2], path[-1][2:]
             (start,) = (i for i in uppers[y] if self.boxes[i].left <= x <= self.boxes[i].right)
             (end,) = (i for i in lowers[v] if self.boxes[i].left <= u <= self.boxes[i].right)
             found.append((start, end))
         return found
 
 
-def numbers(path):
-    return re.findall(r"-?[\d.]+", path)
+def curves(path):
+    """(x, y, last x, last y) of every curve of an edge; from one to the next it runs straight down."""
+    found, x, y = [], 0.0, 0.0
+    for command, values in re.findall(r"([MCV])([^MCV]*)", path):
+        values = [float(value) for value in values.split()]
+        if command == "C":
+            found.append((x, y, *values[-2:]))
+        x, y = values[-2:] if command != "V" else (x, *values)
+    return found
 
 
 def tape(y):
@@ -107,8 +115,8 @@ def check(y, *args, **names):
     assert [box.output for box in seen.boxes] == [False] * (len(nodes) - 1) + [True]
     assert seen.texts[-1] == "output"
 
-    ends = [tuple(numbers(path)[-2:]) for path in seen.paths]
-    assert len(set(ends)) == len(ends), "two edges end at the same point"
+    assert len({path[-1][2:] for path in seen.paths}) == len(seen.paths), "two edges end at the same point"
+    assert [(float(x), float(y)) for x, y in seen.heads[:-1]] == [path[-1][2:] for path in seen.paths]
     rows = {}
     for box in seen.boxes:
         rows.setdefault(box.top, []).append(box)
@@ -117,15 +125,13 @@ def check(y, *args, **names):
     for row in rows.values():
         row.sort(key=lambda box: box.left)
         assert all(a.right + 10 < b.left for a, b in pairwise(row)), "boxes overlap"
-    for path in seen.paths:  # curves between two rows, and vertical lines through the rows between
-        bottom = float(numbers(path)[1])
-        for x, top, through in re.findall(r"C\S+ \S+ \S+ \S+ (\S+) ([^V]+?)(?:V([\d.]+))?(?=C|$)", path):
-            x, top = float(x), float(top)
-            assert bottom < top
-            assert not any(bottom < box.bottom <= top - 1 or bottom + 1 <= box.top < top for box in seen.boxes)
-            if through:
-                assert not any(box.left - 5 < x < box.right + 5 for box in rows[top]), "an edge runs through a box"
-                bottom = float(through)
+    for path in seen.paths:
+        for _, y, _, end in path:  # between two rows, where no box is
+            assert y < end
+            assert not any(y < box.bottom and box.top < end for box in seen.boxes)
+        for (_, _, x, top), (below, _, _, _) in pairwise(path):
+            assert x == below
+            assert not any(box.left - 5 < x < box.right + 5 for box in rows[top]), "an edge runs through a box"
     return seen
 
 
@@ -213,11 +219,11 @@ def test_dtypes_are_named_unless_they_are_float32():
 def test_the_outputs_of_an_op():
     x = leaf(2, 5)
     a, b, c = x.split([2, 2, 1], axis=1)
-    seen = check((a * c).sum() + b.sum() + c.mean(), x=x, a=a)
+    seen = check((a * c).sum() + b.sum() + c.mean(), x=x, c=c)
     assert seen.boxes[1].name == "Split"
     assert seen.boxes[1].shape == "3 outputs: (2, 2), (2, 1)"
-    assert sorted(seen.labels) == ["1", "2", "a"]
-    starts = {(edge[1], numbers(path)[0]) for edge, path in zip(seen.edges(), seen.paths, strict=True) if edge[0] == 1}
+    assert sorted(seen.labels) == ["0", "1", "c"]
+    starts = {(edge[1], path[0][0]) for edge, path in zip(seen.edges(), seen.paths, strict=True) if edge[0] == 1}
     assert len(starts) == 4
     assert len({x for _, x in starts}) == 3  # both uses of c begin at one point
     assert check(b).edges() == [(0, 1)]
@@ -234,7 +240,7 @@ def test_a_checkpoint_is_one_box():
 def test_inputs_arrive_in_their_order():
     q, k, v = (leaf(1, 1, 2, 3) for _ in "qkv")
     seen = check(ops.causal_attention(v * 2, q * 3, k * 4), q=q, k=k, v=v)
-    ends = {edge[0]: float(numbers(path)[-2]) for edge, path in zip(seen.edges(), seen.paths, strict=True)}
+    ends = {edge[0]: path[-1][2] for edge, path in zip(seen.edges(), seen.paths, strict=True)}
     assert seen.names == ["v", "Mul", "q", "Mul", "k", "Mul", "CausalAttention"]
     assert ends[1] < ends[3] < ends[5]
 
@@ -281,8 +287,37 @@ def test_the_main_line_and_the_long_edges_of_a_gpt_are_straight(engine, half):
         assert len(centres) == 5 + 8 + 5
         assert max(centres) - min(centres) < 0.3
     for path in seen.paths:
-        through = [float(x) for x in re.findall(r"([\d.]+) [\d.]+V", path)]
+        through = [x for _, _, x, _ in path[:-1]]
         assert not through or max(through) - min(through) < 0.3
+
+
+def test_a_gpt_without_needless_crossings():
+    """One is inevitable: the token embedding's weight, used twice, and the positions'."""
+    model, loss = gpt(n_layer=2)
+    seen = check(loss, model)
+    gaps = {}
+    for path in seen.paths:
+        for x, y, end, _ in path:
+            gaps.setdefault(y, []).append((x, end))
+    assert sum((a - c) * (b - d) < 0 for gap in gaps.values() for (a, b), (c, d) in combinations(gap, 2)) == 1
+
+
+def test_what_comes_from_an_op_arrives_in_the_middle():
+    """And parameters beside it."""
+    model, loss = gpt()
+    seen = check(loss, model)
+    for (i, j), path in zip(seen.edges(), seen.paths, strict=True):
+        if seen.boxes[j].name in ("Linear", "LayerNorm"):
+            middle = (seen.boxes[j].left + seen.boxes[j].right) / 2
+            assert (path[-1][2] > middle + 5) == seen.boxes[i].leaf
+
+
+def test_long_edges_from_one_output_share_their_way():
+    x = leaf(2)
+    y = x.tanh().tanh() + x
+    seen = check(y.tanh().tanh() * x)
+    assert [len(path) for path in seen.paths] == [1, 1, 1, 3, 1, 1, 1, 6]
+    assert len({x for path in seen.paths for _, _, x, _ in path[:-1]}) == 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 3)), min_size=1, max_size=40))

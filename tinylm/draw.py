@@ -26,7 +26,7 @@ from .tensor import Tensor
 LETTER, HEIGHT, GAP, SPACE, MARGIN = 7.25, 58, 46, 22, 16
 SWEEPS = 12
 POINTS = 20_000  # at most; in a larger graph long edges are straight, and may run through boxes
-OP, LEAF = ("#dcebf7", "#33658a", 3), ("#fff4cf", "#8a6d1a", HEIGHT / 2)  # fill, line, radius of the corners
+OP, LEAF = ("#dcebf7", "#33658a", 3), ("#fff4cf", "#8a6d1a", 20)  # fill, line, radius of the corners
 
 
 @dataclass(frozen=True, repr=False)
