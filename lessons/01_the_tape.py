@@ -66,11 +66,11 @@ class Value:
                 x.grad += slope * y.grad
 
 
-a, b = Value(2.0), Value(3.0)
+a, b = Value(0.5), Value(1.0)
 c = (a * b + a).tanh()
 c.backward()
-slope = 1 - math.tanh(8.0) ** 2
-print(f"dc/da = {a.grad:.3g}, by hand {slope * 4:.3g};  dc/db = {b.grad:.3g}, by hand {slope * 2:.3g}")
+slope = 1 - math.tanh(1.0) ** 2  # of tanh, at a b + a = 1
+print(f"dc/da = {a.grad:.3g}, by hand {slope * (1.0 + 1):.3g};  dc/db = {b.grad:.3g}, by hand {slope * 0.5:.3g}")
 
 # %% [markdown]
 r"""

@@ -3,19 +3,19 @@
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
+
+from ..draw import Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from ..draw import Picture
-
 # Okabe & Ito's colours, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 
 
-def save_figure(figure: "Figure | Picture", name: str) -> None:
+def save_figure(figure: Union["Figure", Picture], name: str) -> None:
     """Save a figure as figures/NAME.png, a drawn graph as figures/NAME.svg, beside the file that calls this.
 
     In a notebook the folder is in the current one.
@@ -23,7 +23,7 @@ def save_figure(figure: "Figure | Picture", name: str) -> None:
     caller = sys._getframe(1).f_globals.get("__file__")
     folder = (Path(caller).parent if caller else Path()) / "figures"
     folder.mkdir(exist_ok=True)
-    if hasattr(figure, "svg"):
+    if isinstance(figure, Picture):
         path = folder / f"{name}.svg"
         figure.save(path)
     else:
