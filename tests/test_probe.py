@@ -1,10 +1,13 @@
 """Probes: they find the silent bugs and name them, find nothing in what is sound, and change nothing."""
 
+import copy
 import math
+import time
 
 import numpy as np
 import pytest
 from test_any_model import LSTM, MLP, Signs
+from threadpoolctl import threadpool_limits
 
 from tinylm import GPT, GPTConfig, data, nn, ops, override, probe, random
 from tinylm.data import get_batch
@@ -433,6 +436,13 @@ class Rotary(Attention):
         return ops.cat([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
+class Relu(GPT):
+    """Has kinks, which disturb finite differences."""
+
+    def hidden(self, ids, cache=None):
+        return ops.relu(super().hidden(ids, cache))
+
+
 class Bigram(nn.Module):
     def __init__(self):
         self.embed = nn.Embedding(V, V)
@@ -463,10 +473,11 @@ def frozen():
 
 
 def trained(steps=50, **config):
-    state = make(steps=steps + 20, **config)
-    for step in train(state, TRAIN, VAL[:100]):
-        if step.step == steps:
-            return state
+    state = make(steps=70, eval_every=0, **config)
+    with threadpool_limits(1):
+        for step in train(state, TRAIN, VAL[:100]):
+            if step.step == steps:
+                return state
 
 
 HEALTHY = {
@@ -499,6 +510,7 @@ HEALTHY = {
     "queries divided first": lambda: make(gpt(PreScaled)),
     "LSTM": lambda: make(LSTM(V)),
     "MLP": lambda: make(MLP(V)),
+    "kinks": lambda: make(of(Relu)),
     "bigrams, no forward": lambda: make(Bigram()),
     "no clipping": lambda: make(clip=0.0),
     "no warmup": lambda: make(warmup=0, min_lr=1e-4),
@@ -525,3 +537,103 @@ def test_nothing_is_found_in_a_sound_loop_of_ones_own(state):
 
 def test_nothing_is_found_with_the_faster_engines(twins):
     assert probe.run(make(), TRAIN, VAL).findings == []
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 3])
+def test_the_smallest_models(block_size):
+    random.seed(1)
+    model = GPT(GPTConfig(V, block_size, n_layer=1, n_head=1, n_embd=4))
+    assert probe.run(make(model, block_size=0), TRAIN, VAL).findings == []
+
+
+# --- what a probe is ------------------------------------------------------------------------------------------------
+
+
+def everything(state):
+    """All that a run could change, as bytes and numbers."""
+    entries = state.optimizer.state_dict()["state"]
+    return copy.deepcopy(
+        {
+            "model": {name: a.tobytes() for name, a in state.model.state_dict().items()},
+            "grads": [None if p.grad is None else p.grad.tobytes() for p in state.model.parameters()],
+            "training": [m.training for m in state.model.modules()],
+            "classes": [type(m) for m in state.model.modules()],
+            "optimizer": {(i, k): x if k == "step" else x.tobytes() for i, e in entries.items() for k, x in e.items()},
+            "groups": [{k: x for k, x in g.items() if k != "params"} for g in state.optimizer.param_groups],
+            "scaler": vars(state.scaler),
+            "random": random.state(),
+            "numpy": np.random.get_state()[1].tolist(),  # noqa: NPY002
+            "rest": {k: x for k, x in vars(state).items() if isinstance(x, int | float | None | TrainConfig)},
+        }
+    )
+
+
+@pytest.mark.parametrize("options", [{}, {"step": loop("unseeded")}, {"evaluate": never_back_to_training}], ids=str)
+def test_a_state_is_left_as_it_was(options):
+    state = trained(3, dtype="float16")
+    state.model.eval()
+    state.model.loss(*get_batch(TRAIN, 2, 32, 0, 0)).backward()
+    random.seed(5, 6)
+    before = everything(state)
+    probe.run(state, TRAIN, VAL, **options)
+    assert everything(state) == before
+
+
+def test_each_probe_runs_by_itself_and_has_a_name():
+    state = make()
+    for name, each in probe.PROBES.items():
+        result = each(state, TRAIN, VAL)
+        assert getattr(probe, name) is each
+        assert result.probe == name
+        assert result.measured
+        assert each.__doc__
+        assert not result.bug
+    assert probe.positions(make(of(NoPositions)), TRAIN).bug.startswith("no positions: ")
+    assert probe.clipping(state, TRAIN, step=loop("per tensor")).bug.startswith("clipping per tensor: ")
+
+
+def test_the_report_is_a_table():
+    report = probe.run(make(of(NoPositions)), TRAIN)
+    lines = str(report).splitlines()
+    assert len(lines) == len(probe.PROBES) + len(report.findings)
+    assert max(map(len, lines)) <= 130
+    found = next(i for i, line in enumerate(lines) if line.startswith("FOUND positions"))
+    assert lines[found + 1].strip() == report.findings[0].bug
+    assert "-     leakage       no val_tokens given" in lines
+
+
+def test_a_loop_that_forgets_its_argument_is_refused():
+    other = make()
+
+    def step(state, tokens):
+        loop()(other, tokens)
+
+    with pytest.raises(ValueError, match="changed another state than its argument"):
+        probe.accumulation(other, TRAIN, step=step)
+
+
+def test_a_loop_that_cannot_be_watched_is_skipped():
+    def step(state, tokens):
+        state.step += 1
+
+    result = probe.accumulation(make(), TRAIN, step=step)
+    assert (result.skipped, result.measured) == (True, "the step does not call state.model.loss")
+
+
+def test_an_error_inside_a_probe_is_its_finding():
+    def step(state, tokens):
+        raise KeyError("lr")
+
+    report = probe.run(make(), TRAIN, step=step)
+    assert {found.bug for found in report.findings} == {"KeyError: 'lr'"}
+    assert "causality" not in [found.probe for found in report.findings]
+    with pytest.raises(ValueError, match="too few for a block of 32"):
+        probe.run(make(), TRAIN[:20])
+
+
+def test_they_take_seconds():
+    random.seed(1)
+    state = make(GPT(GPTConfig(V, 64, n_layer=2, n_head=4, n_embd=64)), block_size=64)
+    started = time.perf_counter()
+    probe.run(state, TRAIN, VAL)
+    assert time.perf_counter() - started < 5

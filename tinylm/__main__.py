@@ -1,4 +1,4 @@
-"""The command `tinylm`: train, generate, prepare, report.
+"""The command `tinylm`: train, generate, prepare, report, probe.
 
     tinylm train --data novel.txt
     tinylm report runs/novel
@@ -49,11 +49,18 @@ def _report() -> None:
     main()
 
 
+def _probe() -> None:
+    from .probe.command import main
+
+    main()
+
+
 COMMANDS = {
     "train": (_train, "train a GPT on a text"),
     "generate": (_generate, "write with a trained model"),
     "prepare": (_prepare, "turn texts of any size into tokens on disk"),
     "report": (_report, "draw training runs as one HTML page"),
+    "probe": (_probe, "look for silent bugs in a run"),
 }
 
 

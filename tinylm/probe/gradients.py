@@ -76,7 +76,7 @@ def _both_ways(call: Call, inputs: list[Any], dys: Any = None) -> tuple[list[Any
         if isinstance(x, Tensor):
             x.grad = None
     output = call.op.apply(*inputs, **call.params)
-    ys = [y for y in (output if isinstance(output, tuple) else (output,))]
+    ys = list(output) if isinstance(output, tuple) else [output]
     if dys is None:
         noise = random.generator(5)
         dys = [np.asarray(noise.standard_normal(y.shape), y.dtype) for y in ys]
@@ -137,7 +137,8 @@ def _attention(scale: float, diagonal: int, after: bool = False) -> Formula:
     def forward(call: Call, inputs: list[Any]) -> np.ndarray:
         q, k, v = (x.data.astype(np.float64) for x in inputs)
         s = q @ k.swapaxes(-1, -2) * q.shape[3] ** scale
-        mask = np.tri(*s.shape[2:], s.shape[3] - s.shape[2] + diagonal, dtype=bool)
+        T, S = s.shape[2:]
+        mask = np.tri(T, S, S - T + diagonal, dtype=bool)
         s = s if after else np.where(mask, s, -np.inf)
         p = np.exp(s - s.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
@@ -215,38 +216,33 @@ def gradient(subject: Subject) -> tuple[str, str]:
     if loss.dtype != np.float64:
         raise NotApplicable(f"the loss of a float64 model is {loss.dtype}")
     value().backward()
-    noise, worst = random.generator(7), (0.0, "", "")
+    noise, errors, bugs = random.generator(7), {}, {}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        at, d = p.data, noise.standard_normal(p.shape)
-        sides = []
+        at, d, sides = p.data, noise.standard_normal(p.shape), []
         for sign in (1, -1):
-            p.data = at + sign * 1e-5 * d
+            p.data = at + sign * STEP * d
             with no_grad():
                 sides.append(value().item())
         p.data = at
-        slope, grad = (sides[0] - sides[1]) / 2e-5, _gradient(p)
-        size = max(float(np.linalg.norm(grad)), abs(slope))
-        error = abs(slope - float((grad * d).sum())) / (size + 1e-7)
-        if p.grad is None:
-            error = 1.0
-        if error > max(1e-4, worst[0]):
-            worst = error, name, _wrong_gradient(name, p, abs(slope) > 1e-7, calls)
-        worst = max(worst, (error, name, ""), key=lambda each: (bool(each[2]), each[0]))
-    return f"largest relative error {worst[0]:.1g}, of {worst[1]}", worst[2]
+        slope, grad = (sides[0] - sides[1]) / (2 * STEP), _gradient(p)
+        size = max(float(np.linalg.norm(grad)), abs(slope), 1e-6)
+        errors[name] = abs(slope - float((grad * d).sum())) / size
+        if errors[name] > 1e-3 or p.grad is None:
+            bugs[name] = _wrong_gradient(name, p, abs(slope) > 1e-7, calls)
+    worst = max(errors, key=lambda name: errors[name])
+    likeliest = max(bugs, key=lambda name: errors[name], default="")
+    return f"largest relative error {errors[worst]:.1g}, of {worst}", bugs.get(likeliest, "")
 
 
 def _wrong_gradient(name: str, p: Tensor, matters: bool, calls: list[Call]) -> str:
-    uses = [x for call in calls for x in call.inputs]
+    """Why a parameter's gradient is wrong or missing; `matters`: the loss depends on it."""
     if p.grad is None and not matters:
         return f"unused parameter: the loss does not depend on {name}"
-    constant = any(
-        not getattr(x, "requires_grad", False) and np.may_share_memory(getattr(x, "data", x), p.data)
-        for x in uses
-        if isinstance(x, Tensor | np.ndarray)
-    )
-    if constant and any(x is p for x in uses):
+    uses = [x for call in calls for x in call.inputs if isinstance(x, Tensor | np.ndarray)]
+    constants = [getattr(x, "data", x) for x in uses if not getattr(x, "requires_grad", False)]
+    if any(x is p for x in uses) and any(np.may_share_memory(a, p.data) for a in constants):
         return f"tied weight gets one of its two gradients: one of its uses takes {name} as a constant"
     if p.grad is None:
         return f"parameter without a gradient: {name} is cut off from the loss (detach, .data, no_grad)"

@@ -48,7 +48,7 @@ def accumulation(subject: Subject) -> tuple[str, str]:
         shares = sizes / sizes.sum()
         seen.append(float(abs(weights / shares - 1).max()))
         told = ", ".join(f"{w:.3g}" for w in weights)
-        measured = f"micro-batches of {_list(sizes / step.micro_batches[0].x.shape[1])} sequences weigh {told}"
+        measured = f"micro-batches of {_list(sizes / float(step.micro_batches[0].x.shape[1]))} sequences weigh {told}"
         if step.moved > 0:
             return f"they move by {step.moved:.2g}", "parameters changed outside optimizer.step: by the loop itself"
         if step.updates > 1:
@@ -114,7 +114,7 @@ def unscaling(subject: Subject) -> tuple[str, str]:
 
 @probe
 def clipping(subject: Subject) -> tuple[str, str]:
-    """One factor for all gradients, so that their global norm is at most config.clip; after unscaling; else untouched."""
+    """One factor for all gradients, after unscaling, so that their global norm is at most config.clip."""
     if not subject.state.config.clip:
         raise NotApplicable("config.clip is 0")
     (free,) = subject.steps()

@@ -209,7 +209,9 @@ def loss(subject: Subject) -> tuple[str, str]:
     others = {
         "sum for mean: the loss, and so the gradient, grows with the batch": total,
         "targets not shifted: the loss asks for the token that it was given": [_cross_entropy(logits, x)],
-        "targets shifted twice: the loss asks for the token after the next": [_cross_entropy(logits[:, :-1], y[:, 1:])],
+        "targets shifted twice: the loss asks for the token after the next": [
+            _cross_entropy(logits[:, :-1], y[:, 1:]) if predictions.T > 1 else math.nan
+        ],
         "softmax applied twice: the loss takes logits, not probabilities": [_cross_entropy(_softmax(logits), y)],
     }
     if math.isclose(value, expected, rel_tol=1e-4):

@@ -151,6 +151,6 @@ def decay(subject: Subject) -> tuple[str, str]:
 
 def _names(subject: Subject, optimizer: Optimizer) -> Any:
     """(name, parameter of the copy), by place in the optimizer."""
-    names = {p: name for name, p in subject.state.model.named_parameters()}
+    names: dict[Any, str] = {p: name for name, p in subject.state.model.named_parameters()}
     originals = subject.state.optimizer.parameters()
     return [(names.get(p, ""), copied) for p, copied in zip(originals, optimizer.parameters(), strict=True)]
