@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any
 
 import numpy as np
@@ -83,6 +83,7 @@ class MicroBatch:
     loss: float
     training: bool
     random: tuple[int, int, int]  # before the call: the same dropout masks can be drawn again
+    numpys_random: Any  # NumPy's own
     autocast: Any
 
 
@@ -99,6 +100,42 @@ class Step:
     moved: float  # largest change of a parameter outside optimizer.step
     scale: float  # of the losses
     counted: int  # by how much state.step rose
+
+    @cached_property
+    def gradients(self) -> list[np.ndarray]:
+        """The gradient of each micro-batch's mean loss: see `flat`."""
+        found = []
+        for micro in self.micro_batches:
+            self.before.zero_grad()
+            self.before.train(micro.training)
+            random.seed(*micro.random)
+            np.random.set_state(micro.numpys_random)  # noqa: NPY002
+            with Block(autocast=micro.autocast):
+                loss = self.before.loss(micro.x, micro.y)  # type: ignore[attr-defined]
+            (loss * self.scale).backward()
+            grads = {name: p.grad for name, p in self.before.named_parameters()}
+            found.append(self.flat({name: None if g is None else g / self.scale for name, g in grads.items()}))
+        return found
+
+    def flat(self, grads: Mapping[str, Any]) -> np.ndarray:
+        """Gradients by name as one float64 vector, of the parameters that the optimizer holds; zeros for None."""
+        parts = [(grads.get(name), self.after[name]) for name in self.grads]
+        return np.concatenate([(np.zeros(p.size) if g is None else g.ravel()).astype(np.float64) for g, p in parts])
+
+    def tensors(self, vector: np.ndarray) -> list[np.ndarray]:
+        """The parts of such a vector that belong to each parameter."""
+        return np.split(vector, np.cumsum([self.after[name].size for name in self.grads])[:-1])
+
+    @cached_property
+    def mean(self) -> np.ndarray:
+        """The gradient of the mean loss over the step's batch."""
+        sizes = np.array([micro.x.size for micro in self.micro_batches], float)
+        return np.stack(self.gradients, axis=1) @ (sizes / sizes.sum())
+
+    @property
+    def arrived(self) -> np.ndarray:
+        """The gradient that the optimizer got."""
+        return self.flat(self.grads)
 
 
 class Subject:
@@ -132,7 +169,7 @@ class Subject:
     def copy(self, dtype: Any = None, scaled: bool = False, **config: Any) -> TrainState:
         """A copy of the state on the CPU, without gradients; steps are small, in float32, and clip nothing.
 
-        `dtype`: of the parameters. `scaled`: losses are multiplied by 2**16.
+        `dtype`: of the parameters. `scaled`: steps are in float16, with losses multiplied by up to 2**16.
         """
         state = copy.deepcopy(self.state)
         if next(state.model.parameters()).device != "cpu":
@@ -142,9 +179,10 @@ class Subject:
             x.grad = None
             if dtype is not None and x.data.dtype.kind == "f":
                 x.data = x.data.astype(dtype)
-        few = {"batch_size": SEQUENCES, "accumulate": 1, "clip": NO_CLIP, "dtype": "float32"}
+        few = {"batch_size": SEQUENCES, "accumulate": 1, "clip": NO_CLIP, "dtype": "float16" if scaled else "float32"}
         state.config = replace(state.config, **{**few, **config})
-        state.scaler = GradScaler(enabled=scaled)
+        own = self.state.scaler.get_scale()
+        state.scaler = GradScaler(own if 1 < own < 2.0**16 else 2.0**16, enabled=scaled)
         state.pending = state.current = None
         return state
 
@@ -156,14 +194,14 @@ class Subject:
         """What the loop does in `n` steps of a copy; see `copy`. Raises NotApplicable if it cannot be watched."""
         state = self.copy(**config)
         names = {p: name for name, p in state.model.named_parameters()}
-        micro_batches, updates = _watch_losses(state.model), _watch_updates(state)
+        micro_batches, updates = watch_losses(state.model), _watch_updates(state)
         done = []
         random.seed(1)
         for _ in range(n):
             micro_batches.clear()
             updates.clear()
             counter, before, scale = state.step, _arrays(state.model), state.scaler.get_scale()
-            model = copy.deepcopy(self.copy().model)
+            model = self.copy().model
             for p, data in zip(model.parameters(), before.values(), strict=True):
                 p.data = data.copy()
             self.step(state, self.tokens)
@@ -179,27 +217,6 @@ class Subject:
         return done
 
 
-def gradients(step: Step) -> list[np.ndarray]:
-    """The gradient of each micro-batch's mean loss, as one float64 vector over the parameters that have one."""
-    found = []
-    for micro in step.micro_batches:
-        step.before.zero_grad()
-        step.before.train(micro.training)
-        random.seed(*micro.random)
-        with Block(autocast=micro.autocast):
-            loss = step.before.loss(micro.x, micro.y)  # type: ignore[attr-defined]
-        (loss * step.scale).backward()
-        grads = {name: p.grad for name, p in step.before.named_parameters()}
-        found.append(flat(step, {name: None if g is None else g / step.scale for name, g in grads.items()}))
-    return found
-
-
-def flat(step: Step, grads: Mapping[str, Any]) -> np.ndarray:
-    """The gradients by name as one vector, of the parameters that the optimizer holds; zeros for None."""
-    parts = [(grads.get(name), step.after[name]) for name in step.grads]
-    return np.concatenate([(np.zeros(p.size) if g is None else g.ravel()).astype(np.float64) for g, p in parts])
-
-
 @dataclass
 class _Update:
     before: dict[str, Any]
@@ -208,13 +225,13 @@ class _Update:
     lr: float
 
 
-def _watch_losses(model: Any) -> list[MicroBatch]:
+def watch_losses(model: Any) -> list[MicroBatch]:
     """From now on, the list holds what each call of `model.loss` was given, in a worker's replica too."""
     seen: list[MicroBatch] = []
     own = type(model)
 
     def loss(self: Any, x: Any, y: Any) -> Any:
-        before = random.state(), settings.current().autocast
+        before = random.state(), np.random.get_state(), settings.current().autocast  # noqa: NPY002
         value = own.loss(self, x, y)
         seen.append(MicroBatch(_raw(x), _raw(y), value.item(), self.training, *before))
         return value

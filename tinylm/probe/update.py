@@ -1,12 +1,14 @@
 """Probes of the optimizer alone: it is given known parameters and gradients, and its updates are compared."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import random
+from ..optim import AdamW
 from ..optimizer import Optimizer
 from .subject import NotApplicable, Subject, probe
 
@@ -28,7 +30,8 @@ def _fresh(subject: Subject) -> Optimizer:
 
 
 def _is_adam(optimizer: Optimizer) -> bool:
-    return {"betas", "eps"} <= optimizer.defaults.keys()
+    named = re.search(r"(?<!n)(?<!r)adamw?$", type(optimizer).__name__.lower())  # NAdam and RAdam differ
+    return {"betas", "eps"} <= optimizer.defaults.keys() and bool(named or isinstance(optimizer, AdamW))
 
 
 @probe
@@ -58,7 +61,7 @@ def update(subject: Subject) -> tuple[str, str]:
         known = {
             bug: [_adam(g, group, **how) for g, group in zip(grads, rows, strict=True)] for bug, how in ADAM.items()
         }
-    elif "momentum" in optimizer.defaults:
+    elif "momentum" in optimizer.defaults and "sgd" in name.lower():
         known = {"": [_sgd(g, group) for g, group in zip(grads, rows, strict=True)]}
     else:
         raise NotApplicable(f"{name} is neither AdamW nor SGD")
