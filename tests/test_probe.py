@@ -594,6 +594,16 @@ def test_other_bugs_are_found_and_named(name, bug, state, options, overridden):
     assert result.bug.startswith(bug), result
 
 
+@pytest.mark.parametrize(
+    ("name", "bug", "diagonal", "scale"), [("causality", "no causal mask", 99, -0.5), ("ops", "no 1/sqrt(d)", 0, 0)]
+)
+def test_a_reference_that_was_changed_is_found_too(name, bug, diagonal, scale, monkeypatch):
+    mine = attention(scale, diagonal).replacement
+    monkeypatch.setattr(CausalAttention, "forward", mine.forward)
+    monkeypatch.setattr(CausalAttention, "backward", mine.backward)
+    assert probe.PROBES[name](make(), TRAIN).bug.startswith(bug)
+
+
 # --- what is sound --------------------------------------------------------------------------------------------------
 
 
@@ -721,6 +731,30 @@ def test_nothing_is_found_in_what_is_sound(name):
 @pytest.mark.parametrize("state", [make, lambda: trained(30, dtype="float16")], ids=["new", "trained"])
 def test_nothing_is_found_in_a_sound_loop_of_ones_own(state):
     assert probe.run(state(), TRAIN, VAL, step=loop()).findings == []
+
+
+def test_nothing_is_found_in_a_plain_loop():
+    """Without loss scaling, micro-batches of a whole batch each, and a model with NumPy's own random numbers."""
+
+    class Noisy(GPT):
+        def hidden(self, ids, cache=None):
+            x = super().hidden(ids, cache)
+            return x * (1 + 0.1 * np.random.randn(*x.shape).astype(x.dtype)) if self.training else x  # noqa: NPY002
+
+    def step(state, tokens):
+        model, optimizer, K = state.model.train(), state.optimizer, state.config.accumulate
+        for p in model.parameters():
+            p.grad = None
+        np.random.seed(state.step)  # noqa: NPY002
+        for i in range(K):
+            x, y = get_batch(tokens, state.config.batch_size, state.block_size, i, state.step)
+            (model.loss(x, y) / K).backward()
+        clip_grad_norm_(model.parameters(), state.config.clip)
+        optimizer.set_lr(state.schedule(state.step))
+        optimizer.step()
+        state.step += 1
+
+    assert probe.run(make(of(Noisy)), TRAIN, VAL, step=step).findings == []
 
 
 def test_nothing_is_found_with_the_faster_engines(twins):
