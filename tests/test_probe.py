@@ -2,7 +2,11 @@
 
 import contextlib
 import copy
+import json
 import math
+import shutil
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,6 +22,8 @@ from tinylm.ops.embedding import Embedding
 from tinylm.ops.gelu import Gelu
 from tinylm.ops.layer_norm import LayerNorm
 from tinylm.optim import SGD, AdamW, clip_grad_norm_, decay_groups
+from tinylm.probe import command
+from tinylm.runs import Run
 from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 TEXT = data.language_reference()[:60_000]
@@ -538,6 +544,7 @@ MORE = [
     ("clipping", "clipping is not by the global norm", make, {"step": loop("by value")}, None),
     ("schedule", "schedule off by one", make, {"step": loop("off by one")}, None),
     ("schedule", "schedule off by one", lambda: trained(30), {"step": loop("off by one")}, None),
+    ("schedule", "schedule off by one", lambda: trained(70), {"step": loop("off by one")}, None),
     ("schedule", "schedule stepped per micro-batch", make, {"step": loop("lr per micro-batch")}, None),
     (
         "schedule",
@@ -557,6 +564,7 @@ MORE = [
         {"step": loop("no train()"), "evaluate": never_back_to_training},
         None,
     ),
+    ("resuming", "optimizer state lost at resume", lambda: trained(70), without("optimizer"), None),
     ("resuming", "weights lost at resume", make, without("model"), None),
     ("resuming", "step lost at resume", make, without("step"), None),
     ("resuming", "scaler lost at resume", lambda: make(dtype="float16"), without("scaler"), None),
@@ -859,3 +867,107 @@ def test_they_take_seconds():
     started = time.perf_counter()
     probe.run(state, TRAIN, VAL)
     assert time.perf_counter() - started < 5
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two steps on a text beside it."""
+    folder = tmp_path_factory.mktemp("probed")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    state = make(batch_size=2, steps=4)
+    run = Run(folder / "run")
+    run.start({"data": str(folder / "text.txt")})
+    for step in train(state, TRAIN, VAL[:100]):
+        if step.step in (1, 2):
+            run.save(state, TOKENIZER, data.fingerprint(TOKENIZER.encode(TEXT)))
+        if step.step == 2:
+            return folder
+
+
+def tell(monkeypatch, capsys, *arguments):
+    """(exit status, what it prints) of `tinylm probe`."""
+    monkeypatch.setattr("sys.argv", ["tinylm probe", *map(str, arguments)])
+    monkeypatch.setattr(command.fused, "load", lambda tell: ())  # the engines would stay in force for other tests
+    try:
+        command.main()
+        status = 0
+    except SystemExit as end:
+        status = end.code
+    printed = capsys.readouterr()
+    return status, printed.out + printed.err
+
+
+def test_the_command_prints_the_table_of_the_newest_checkpoint(run_folder, monkeypatch, capsys):
+    status, printed = tell(monkeypatch, capsys, run_folder / "run")
+    lines = printed.splitlines()
+    assert status == 0, printed
+    assert lines[0].endswith("parameters after 2 steps")
+    assert len(lines) == len(probe.PROBES) + 2
+    assert lines[-1] == "nothing found"
+    assert "0 of 32 pieces of 64 validation tokens" in printed
+
+
+def test_the_command_exits_with_1_if_something_is_found(run_folder, monkeypatch, capsys):
+    with override(Embedding, LosesRepeats):
+        status, printed = tell(monkeypatch, capsys, run_folder / "run")
+    assert status == 1
+    assert "FOUND ops" in printed
+    assert printed.endswith("found: 2\n")
+
+
+def test_the_command_without_the_data_or_with_a_damaged_checkpoint(run_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_folder / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "data": str(tmp_path / "lost.txt")}))
+    newest = tmp_path / "run" / "checkpoints" / "step-00000002"
+    (newest / "model.safetensors").write_bytes(b"broken")
+    status, printed = tell(monkeypatch, capsys, tmp_path / "run")
+    assert status == 0, printed
+    assert "going back to an older checkpoint" in printed
+    assert "parameters after 1 steps" in printed
+    assert "the tokens are random (cannot read" in printed
+    assert "no val_tokens given" in printed
+    shutil.rmtree(newest.with_name("step-00000001"))
+    status, printed = tell(monkeypatch, capsys, tmp_path / "run")
+    assert (status, printed.splitlines()[-1]) == (
+        2,
+        f"tinylm probe: error: no checkpoint in {tmp_path / 'run'} is sound",
+    )
+
+
+def test_the_command_says_when_the_data_have_changed(run_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run_folder / "run", tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    (tmp_path / "other.txt").write_text(TEXT[:30_000], encoding="utf-8")
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**config, "data": str(tmp_path / "other.txt")}))
+    status, printed = tell(monkeypatch, capsys, tmp_path / "run")
+    assert status == 0
+    assert "note: the data have changed since the run was started" in printed
+
+
+@pytest.mark.parametrize(
+    ("model", "optimizer", "message"),
+    [
+        (lambda: LSTM(V), None, "holds a model of class LSTM: probe it in Python, by tinylm.probe.run"),
+        (gpt, lambda model: SGD(model.parameters(), momentum=0.9), "was not trained by AdamW"),
+    ],
+)
+def test_a_run_that_the_command_cannot_make_again(model, optimizer, message, tmp_path, monkeypatch, capsys):
+    state = make(model(), optimizer, steps=1)
+    next(train(state, TRAIN, VAL[:100]))
+    run = Run(tmp_path)
+    run.start()
+    run.save(state, TOKENIZER, "")
+    status, printed = tell(monkeypatch, capsys, tmp_path)
+    assert status == 2
+    assert message in printed
+    assert printed.count("\n") == 1
+
+
+def test_importing_tinylm_does_not_import_the_probes():
+    code = "import sys, tinylm; print([name for name in sys.modules if name.startswith('tinylm.probe')])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

@@ -53,13 +53,12 @@ def _check(call: Call) -> tuple[float, str]:
         return forward, _named(FORWARDS, call, inputs, got) or (
             f"wrong forward of {call.op.name()}: it differs from tinylm/ops, or from smaller ops"
         )
-    backward = max(map(_error, dxs, right_dxs), default=0.0)
-    slope = _difference(call)
-    if backward > tolerance or slope > 1e-4:
-        return max(backward, slope), _named(BACKWARDS, call, inputs, dxs, dys) or (
+    error, slope = max(map(_error, dxs, right_dxs), default=0.0), _difference(call)
+    if error > tolerance or slope > 1e-4:
+        return max(error, slope), _named(BACKWARDS, call, inputs, dxs, dys) or (
             f"wrong backward of {call.op.name()}: its gradient is not the slope of its forward"
         )
-    return max(forward, backward, slope), ""
+    return max(forward, error, slope), ""
 
 
 def _leaf(x: Any, dtype: Any) -> Any:

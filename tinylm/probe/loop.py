@@ -169,7 +169,7 @@ def zeroing(subject: Subject) -> tuple[str, str]:
 @probe
 def schedule(subject: Subject) -> tuple[str, str]:
     """Each update must use schedule(state.step), and state.step count updates, not micro-batches."""
-    state, K = subject.state, 2
+    state, K = subject.copy(), 2
     done = subject.steps(3, accumulate=K)
     rates, counted = [step.lr for step in done], [step.counted for step in done]
     curve = copy.deepcopy(state.schedule)

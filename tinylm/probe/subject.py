@@ -169,7 +169,8 @@ class Subject:
     def copy(self, dtype: Any = None, scaled: bool = False, **config: Any) -> TrainState:
         """A copy of the state on the CPU, without gradients; steps are small, in float32, and clip nothing.
 
-        `dtype`: of the parameters. `scaled`: steps are in float16, with losses multiplied by up to 2**16.
+        `dtype`: of the parameters. `scaled`: steps are in float16, with losses multiplied by up to 2**16. The copy of
+        a finished run stands in its middle.
         """
         state = copy.deepcopy(self.state)
         if next(state.model.parameters()).device != "cpu":
@@ -184,6 +185,8 @@ class Subject:
         own = self.state.scaler.get_scale()
         state.scaler = GradScaler(own if 1 < own < 2.0**16 else 2.0**16, enabled=scaled)
         state.pending = state.current = None
+        if state.finished:  # where the learning rate may be 0, nothing moves
+            state.step = state.config.steps // 2
         return state
 
     def batch(self, n: int, length: int | None = None, step: int = 0) -> tuple[np.ndarray, np.ndarray]:
