@@ -498,6 +498,7 @@ MORE = [
     ("batches", "targets are not the next tokens", make, {"step": loop("other targets")}, None),
     ("batches", "the same batch at each step", make, {"step": loop("same batch")}, None),
     ("samples", "samples mixed", lambda: make(of(MixesSamples)), {}, None),
+    ("causality", "no causal mask", lambda: make(zeroed(Unmasked)), {}, None),
     ("causality", "mask off by one", lambda: make(gpt(SeesTheNext)), {}, None),
     ("ops", "mask off by one", make, {}, lambda: attention(diagonal=1)),
     ("ops", "mask after the softmax", make, {}, lambda: attention(after=True)),
@@ -657,6 +658,15 @@ class Bigram(nn.Module):
         return ops.cross_entropy(self.embed(ids), targets)
 
 
+def zeroed(attention=None):
+    """Residual projections and positions that begin at zero: at first, no prediction depends on an earlier token."""
+    model = gpt(attention)
+    for name, p in model.named_parameters():
+        if "c_proj" in name or "wpe" in name:
+            p.data[...] = 0
+    return model
+
+
 def untied():
     model = of(Untied)
     model.head = nn.Linear(32, V, bias=False)
@@ -710,6 +720,7 @@ HEALTHY = {
     "one layer, one head": lambda: make(gpt(n_layer=1, n_head=1)),
     "wide and flat": lambda: make(gpt(n_layer=1, n_head=8, n_embd=128)),
     "untied weights": lambda: make(untied()),
+    "weights of zero": lambda: make(zeroed()),
     "rotary positions": lambda: make(rotary()),
     "frozen layers": lambda: make(frozen()),
     "composed attention": lambda: make(gpt(Composed)),
@@ -763,6 +774,18 @@ def test_nothing_is_found_in_a_plain_loop():
         state.step += 1
 
     assert probe.run(make(of(Noisy)), TRAIN, VAL, step=step).findings == []
+
+
+def test_a_few_validation_tokens_say_nothing():
+    assert probe.leakage(make(), TRAIN, TRAIN[:20]).skipped
+
+
+def test_a_state_on_a_gpu_is_probed_on_the_cpu(strict_cupy_module):
+    state = trained(2)
+    state.model.to("cuda")
+    state.optimizer.load_state_dict(state.optimizer.state_dict())
+    assert probe.run(state, TRAIN, VAL).findings == []
+    assert next(state.model.parameters()).device == "cuda"
 
 
 def test_nothing_is_found_with_the_faster_engines(twins):
@@ -829,7 +852,7 @@ def test_the_report_is_a_table():
     assert max(map(len, lines)) <= 130
     found = next(i for i, line in enumerate(lines) if line.startswith("FOUND positions"))
     assert lines[found + 1].strip() == report.findings[0].bug
-    assert "-     leakage       no val_tokens given" in lines
+    assert "-     leakage       no val_tokens given, or fewer than 64" in lines
 
 
 def test_a_loop_that_forgets_its_argument_is_refused():

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -200,7 +201,7 @@ def evaluation(subject: Subject) -> tuple[str, str]:
     """An evaluation must be without dropout, weigh each token alike, change nothing, and leave training mode on."""
     state = subject.copy()
     tokens = (subject.tokens if subject.val_tokens is None else subject.val_tokens)[: int(EVALUATED * state.block_size)]
-    state.config = type(state.config)(**{**vars(state.config), "batch_size": 2})
+    state.config = replace(state.config, batch_size=2)
     before = [p.data.copy() for p in state.model.parameters()]
     watched = watch_losses(state.model.train())
     random.seed(1)
@@ -283,13 +284,12 @@ def _flat_state(state: Any) -> dict[Any, Any]:
 
 @probe
 def leakage(subject: Subject) -> tuple[str, str]:
-    """Pieces of the validation text must not occur in the training text."""
-    if subject.val_tokens is None:
-        raise NotApplicable("no val_tokens given")
-    length, pieces = 64, 32
-    val = np.asarray(subject.val_tokens[: 1 << 22]).astype(np.uint32)
-    train = np.asarray(subject.tokens[: 1 << 22]).astype(np.uint32).tobytes()
-    length = min(length, len(val))
+    """Pieces of the validation text must not occur in the training text; of long texts, the first 4 million tokens."""
+    length, pieces, most = 64, 32, 1 << 22
+    if subject.val_tokens is None or len(subject.val_tokens) < length:
+        raise NotApplicable(f"no val_tokens given, or fewer than {length}")
+    val = np.asarray(subject.val_tokens[:most]).astype(np.uint32)
+    train = np.asarray(subject.tokens[:most]).astype(np.uint32).tobytes()
     starts = np.unique(np.linspace(0, len(val) - length, pieces).astype(int))
     found = sum(val[start : start + length].tobytes() in train for start in starts)
     measured = f"{found} of {len(starts)} pieces of {length} validation tokens are in the training text"
