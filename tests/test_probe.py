@@ -244,6 +244,18 @@ def gelu(forward=1.0, backward=1.0):
     return override(Gelu, Mine)
 
 
+class Float32Gelu(Gelu):
+    """Like a compiled twin it takes float32 alone, so finite differences cannot check it; and it is wrong."""
+
+    def forward(self, x):
+        if x.dtype != np.float32:
+            raise TypeError("float32 alone")
+        return Gelu.forward(self, x)
+
+    def backward(self, dy):
+        return 1.01 * Gelu.backward(self, dy)
+
+
 def adamw_uncorrected(params, grads, ms, vs, steps, lrs, decays, betas, eps, coefficient=1.0):
     for p, g, m, v, lr, wd in zip(params, grads, ms, vs, lrs, decays, strict=True):
         g = g * coefficient
@@ -516,6 +528,7 @@ MORE = [
     ("ops", "layer norm's backward without both terms", make, {}, lambda: layer_norm(0, 0)),
     ("ops", "wrong forward of Gelu", make, {}, lambda: gelu(1.001)),
     ("ops", "wrong backward of Gelu", make, {}, lambda: gelu(1, 1.001)),
+    ("ops", "wrong backward of Gelu", make, {}, lambda: override(Gelu, Float32Gelu)),
     ("ops", "wrong backward of Gelu", lambda: make(dtype="float16"), {}, lambda: gelu(1, 1.1)),
     ("gradient", "unused parameter", lambda: make(of(NoPositions)), {}, None),
     ("gradient", "parameter without a gradient", lambda: make(of(FixedPositions)), {}, None),
@@ -611,6 +624,12 @@ def test_a_reference_that_was_changed_is_found_too(name, bug, diagonal, scale, m
     monkeypatch.setattr(CausalAttention, "forward", mine.forward)
     monkeypatch.setattr(CausalAttention, "backward", mine.backward)
     assert probe.PROBES[name](make(), TRAIN).bug.startswith(bug)
+
+
+def test_repeats_are_lost_in_a_text_without_repeats():
+    with override(Embedding, LosesRepeats):
+        result = probe.ops(make(block_size=3), np.arange(V))
+    assert result.bug.startswith("embedding backward loses repeats")
 
 
 # --- what is sound --------------------------------------------------------------------------------------------------
