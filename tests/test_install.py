@@ -193,11 +193,16 @@ def test_every_command_has_a_help(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "tinylm: error: 'nonsense' is not a command; they are train, generate, prepare, report"),
-        (["--nonsense"], "tinylm: error: '--nonsense' is not a command; they are train, generate, prepare, report"),
-        ([""], "tinylm: error: '' is not a command; they are train, generate, prepare, report"),
+        (["nonsense"], "tinylm: error: 'nonsense' is not a command; they are train, generate, prepare, report, probe"),
+        (
+            ["--nonsense"],
+            "tinylm: error: '--nonsense' is not a command; they are train, generate, prepare, report, probe",
+        ),
+        ([""], "tinylm: error: '' is not a command; they are train, generate, prepare, report, probe"),
         (["report"], "tinylm report: error: the following arguments are required: RUN"),
         (["report", "."], "tinylm report: error: . is not a run: it has no metrics.jsonl"),
+        (["probe"], "tinylm probe: error: the following arguments are required: RUN"),
+        (["probe", "."], "tinylm probe: error: . holds no checkpoint of a run"),
         (["prepare"], "tinylm prepare: error: the following arguments are required: FILE, --out"),
         (["generate"], "tinylm generate: error: there is no run with a checkpoint under runs/: "),
         (["train", "--stepz", "3"], "tinylm train: error: unrecognized arguments: --stepz 3"),

@@ -36,9 +36,9 @@ check("13.2", my_top_p)
 
 # %% [markdown]
 r"""
-**13.3** $-\ln u_j$ is an exponential waiting time of rate 1, and $-\ln(u_j)/p_j$ one of rate $p_j$. Of several such clocks, that of
-symbol j rings first with the probability $p_j / \sum_k p_k$. The smallest of $-\ln(u)/p$ is the largest of
-$\ln p - \ln(-\ln u)$, and $\ln p$ is `logits / temperature` up to a constant for each row.
+**13.3** $-\ln u_j$ is an exponential waiting time of rate 1, and $-\ln(u_j)/p_j$ one of rate $p_j$. Of several such
+clocks, that of symbol j rings first with the probability $p_j / \sum_k p_k$. The smallest of $-\ln(u)/p$ is the largest
+of $\ln p - \ln(-\ln u)$, and $\ln p$ is `logits / temperature` up to a constant for each row.
 """
 
 
