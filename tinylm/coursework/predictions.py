@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
-from .compare import describe, number
+from .values import describe, number
 
 FILE = "predictions.json"
 
