@@ -304,7 +304,7 @@ check("05.3", rms_norm_backward)
 # %% [markdown]
 r"""
 **05.4** (5 minutes, ★) *To break.* This normalisation has $\epsilon$ outside the root. Find a row (an array of two or
-more numbers, not all equal) on which it is wrong by more than a tenth.
+more numbers, not all equal) on which it is wrong by more than 0.1.
 """
 
 

@@ -375,7 +375,7 @@ check("06.3", temperature_backward)
 # %% [markdown]
 r"""
 **06.4** (10 minutes, ★★) *To break.* This function masks with $-10^4$, which looks low enough. Find `q`, `k` and `v` of
-one shape (T, D) for which its result is wrong by more than a tenth. Give them as a tuple.
+one shape (T, D) for which its result is wrong by more than 0.1. Give them as a tuple.
 """
 
 

@@ -87,11 +87,13 @@ def test_mistakes_that_any_function_may_have(question):
         lambda y: np.asarray(y)[None]: "has shape",
         lambda y: "text": "not an array of real numbers",
         lambda y: np.asarray(y) + 1j: "not an array of real numbers",
-        lambda y: np.asarray(y, np.float16): "to three digits only",
+        lambda y: np.asarray(y, np.float16): "to 3 digits only",
     }.items():
+        if "digits" in told and all(np.array_equal(a, a.round()) for a in question.run(question.answer)[0]):
+            continue
         verdict = question.examine(but(change))
         assert not verdict.passed
-        named = verdict.mistakes or "three digits" in verdict.message or "is zero" in verdict.message
+        named = verdict.mistakes or "digits" in verdict.message or "is zero" in verdict.message
         assert told in verdict.message or named or "should be" in verdict.message, verdict.message
         if told.startswith("not an") or told == "has shape":
             assert told in verdict.message

@@ -14,12 +14,18 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6
 
 
 def save_figure(figure: "Figure", name: str) -> None:
-    """Save a picture as figures/NAME.png, beside the file that calls this (in a notebook, in the current folder)."""
+    """Save a picture as figures/NAME.png, beside the file that calls this (in a notebook, in the current folder).
+
+    If the folder cannot be written, it says so, and the lesson goes on.
+    """
     caller = sys._getframe(1).f_globals.get("__file__")
     folder = (Path(caller).parent if caller else Path()) / "figures"
-    folder.mkdir(exist_ok=True)
-    figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
-    print(f"picture: {folder.name}/{name}.png")
+    try:
+        folder.mkdir(exist_ok=True)
+        figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
+        print(f"picture: {folder.name}/{name}.png")
+    except OSError as error:
+        print(f"picture {name} is not saved: {error}")
 
 
 def bounds(axes: "Axes", V: int, entropy: float) -> None:

@@ -196,9 +196,7 @@ def _(L, x, dx, u, h):
     return (L(x + h * u) - L(x)) / h, (dx * u).sum()
 
 
-@q3.wrong(
-    "the other of the two numbers", "numeric is measured by two calls of L; analytic is computed from dx and u alone."
-)
+@q3.wrong("the other of the two numbers", "numeric takes two calls of L; analytic takes dx and u alone.")
 def _(L, x, dx, u, h):
     return along(L, x, dx, u, h)[::-1]
 

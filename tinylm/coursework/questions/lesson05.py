@@ -259,11 +259,10 @@ def _(dy, x, w, eps):
 
 q4 = Break(
     "05.4",
-    "a row on which eps outside the root is wrong by more than a tenth",
+    "a row on which eps outside the root is wrong by more than 0.1",
     minutes=5,
     difficulty=1,
     takes="one row, an array of at least two finite numbers that are not all equal",
-    by=0.1,
     hints=(
         "For which variance do sqrt(var + eps) and sqrt(var) + eps differ most, if eps is 1e-5?",
         "sqrt(1e-5) is 0.003, three hundred times as large as eps itself.",

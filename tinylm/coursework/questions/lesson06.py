@@ -225,7 +225,6 @@ q4 = Break(
     minutes=10,
     difficulty=2,
     takes="three arrays q, k, v of one shape (T, D), as a tuple, of finite numbers",
-    by=0.1,
     hints=(
         "-10,000 is only a very low score. When is it not the lowest of its row?",
         "Make the score of a query with its own key far lower than -10,000, and look at the first position.",
@@ -237,7 +236,8 @@ q4 = Break(
 
 @q4.right
 def _(q, k, v):
-    return weights(q, k) @ v
+    s = q @ k.T / np.sqrt(q.shape[1])  # as below, so that rounding is the same
+    return softmax(np.where(causal(len(q)), s, -np.inf)) @ v
 
 
 @q4.breaks
