@@ -13,7 +13,7 @@ import numpy as np
 
 from ..tensor import Tensor
 
-_HERE = str(Path(__file__).parent)
+_HERE = f"{Path(__file__).parent}/"
 
 
 def number(x: Any) -> float | None:
@@ -85,11 +85,9 @@ def student_frames(error: BaseException) -> list[traceback.FrameSummary]:
     return [each for each in frames if each.filename == frames[0].filename]
 
 
-def empty(answer: Any) -> bool:
+def empty(x: Any) -> bool:
     """Whether nothing was filled in: None or ..., or a tuple or list of these."""
-    if isinstance(answer, tuple | list) and answer:
-        return all(map(empty, answer))
-    return answer is None or answer is Ellipsis
+    return all(a is None or a is Ellipsis for a in (x if isinstance(x, tuple | list) and x else (x,)))
 
 
 def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
@@ -128,10 +126,8 @@ def unchanged(a: Any, b: Any) -> bool:
 
 def raised_by_student(error: BaseException) -> bool:
     """Whether the student's own lines raise an exception, and no library that they call."""
-    tb, own = error.__traceback__, student_frames(error)
-    while tb is not None and tb.tb_next is not None:
-        tb = tb.tb_next
-    return tb is not None and bool(own) and tb.tb_frame.f_code.co_filename == own[0].filename
+    own = student_frames(error)
+    return bool(own) and traceback.extract_tb(error.__traceback__)[-1].filename == own[0].filename
 
 
 def as_input(x: Any) -> Any:
