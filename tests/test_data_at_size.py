@@ -461,7 +461,7 @@ def test_the_command_prepares_and_tells(tmp_path):
     done = command("prepare", "b", "a", "b", "--out", "new/out", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(
-        "text        9 tokens, a vocabulary of 5\nwritten     new/out/tokens.bin (0.0 MB), new/out/"
+        "text        9 tokens, a vocabulary of 5\nwritten     new/out/tokens.bin (18 B), new/out/"
     )
     tokens, vocabulary, _ = open_tokens(tmp_path / "new" / "out")
     assert vocabulary.decode(tokens) == "twoonetwo"

@@ -70,3 +70,14 @@ def test_an_interrupt_at_any_line_leaves_the_old_file_or_the_new_one(tmp_path):
             break
     assert path.read_text() == "new"
     assert at > 8
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (1500, "1.5 kB"), (999_949, "999.9 kB"), (999_950, "1.0 MB"),
+        (3_000_000, "3.0 MB"), (999_950_000, "1.0 GB"), (2_500_000_000, "2.5 GB"), (7 * 10**15, "7000.0 TB"),
+    ],
+)  # fmt: skip
+def test_bytes_for_people(n, text):
+    assert files.format_bytes(n) == text

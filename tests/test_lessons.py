@@ -82,7 +82,7 @@ def test_a_lesson_has_its_form(lesson):
         assert heading in headings
     saved = re.findall(r'save_figure\(\w+, "(.+?)"\)', code)
     assert saved
-    assert re.findall(r"!\[.+?\]\(figures/(.+?)\.png\)", prose) == saved
+    assert re.findall(r"!\[.+?\]\(figures/(.+?)\.(?:png|svg)\)", prose) == saved
     assert set(re.findall(r'predict\("(.+?)"', code)) == set(
         re.findall(rf'predict\("({lesson.number}\.[a-z])", None', code)
     )
@@ -143,6 +143,9 @@ def test_a_lesson_runs_in_its_time_and_draws_its_pictures(lesson, tmp_path):
     assert seconds < CPU_SECONDS
     code, _ = cells(lesson)
     for name in re.findall(r'save_figure\(\w+, "(.+?)"\)', code):
+        if (graph := tmp_path / "figures" / f"{name}.svg").exists():
+            assert graph.read_text().count("<rect") > 5
+            continue
         picture = imread(tmp_path / "figures" / f"{name}.png")[:, :, :3]
         assert picture.shape[0] > 200
         assert (np.ptp(picture, axis=(0, 1)) > 0.5).all()  # neither blank nor grey
@@ -168,7 +171,7 @@ def test_a_lesson_runs_as_a_notebook(lesson, tmp_path, monkeypatch):
     script.write_text(f"names = {{}}\nfor source in {sources!r}:\n    exec(compile(source, 'cell', 'exec'), names)\n")
     done = run(script, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "figures").glob(f"{lesson.number}_*.png"))
+    assert list((tmp_path / "figures").glob(f"{lesson.number}_*"))
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from . import autograd, composed, nn, ops, optim, random
 from .autograd import Op, detect_anomaly, enable_grad, is_grad_enabled, no_grad
 from .creation import arange, ones, randn, zeros
+from .draw import draw
 from .gpt import GPT, GPTConfig
 from .gradcheck import GradcheckError, gradcheck
 from .registry import engines, override, reference_only
@@ -20,6 +21,7 @@ __all__ = [
     "autograd",
     "composed",
     "detect_anomaly",
+    "draw",
     "enable_grad",
     "engines",
     "gradcheck",

@@ -120,6 +120,17 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def format_bytes(n: int) -> str:
+    """A number of bytes for people, in powers of 1,000: '512 B', '1.5 kB', '3.0 MB'."""
+    if n < 1000:
+        return f"{n} B"
+    size, unit = n / 1e3, "kB"
+    for larger in ("MB", "GB", "TB"):
+        if round(size, 1) >= 1000:
+            size, unit = size / 1e3, larger
+    return f"{size:.1f} {unit}"
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -11,12 +11,11 @@ once, however many views of it are saved; parameters are counted as parameters. 
 inside an op; the process's peak does.
 """
 
-import resource
 import sys
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,7 @@ class track_memory(Block):
         self.timeline: list[Snapshot] = []
         self._nodes: weakref.WeakSet[autograd.Op] = weakref.WeakSet()
         self._walks: weakref.WeakSet[autograd.Walk] = weakref.WeakSet()
-        self._weights = {id(_buffer(p.data)) for p in self.parameters}
+        self._weights = {id(buffer_of(p.data)) for p in self.parameters}
         self._leaves: dict[int, Any] = {}  # weak references to all parameters seen, the workers' replicas too
         self._copies: dict[int, Any] = {}  # id -> weak reference of autocast's copies of parameters
         self._lock = threading.Lock()
@@ -87,29 +86,24 @@ class track_memory(Block):
     def _look(self) -> None:
         seen_leaves = {id(p): p for p in (ref() for ref in self._leaves.values()) if p is not None}
         leaves = {id(p): p for p in self.parameters} | seen_leaves
-        ours = [p for p in leaves.values() if id(_buffer(p.data)) in self._weights]
+        ours = [p for p in leaves.values() if id(buffer_of(p.data)) in self._weights]
         sums = [(key, a) for walk in self._walks for key, a in list(walk.sums.items())]
         in_walks = [(key, a) for key, a in sums if isinstance(key, Tensor)]
         snapshot = Snapshot(
             gradients=sum(p.grad.nbytes for p in ours if p.grad is not None)
-            + sum(a.nbytes for p, a in in_walks if id(_buffer(p.data)) in self._weights)
+            + sum(a.nbytes for p, a in in_walks if id(buffer_of(p.data)) in self._weights)
         )
-        seen = {id(_buffer(p.data)) for p in leaves.values()}
-        for op in sorted(self._nodes, key=lambda op: op.order):
-            for array in _arrays(op.saved):
-                buffer = _buffer(array)
-                if id(buffer) in seen:
-                    continue
-                seen.add(id(buffer))
-                copy = self._copies.get(id(buffer))
-                if copy is not None and copy() is buffer:
-                    snapshot.copies += buffer.nbytes
-                else:
-                    snapshot.saved[op.name()] += buffer.nbytes
+        seen = {id(buffer_of(p.data)) for p in leaves.values()}
+        for op, buffer in saved_buffers(self._nodes, seen):
+            copy = self._copies.get(id(buffer))
+            if copy is not None and copy() is buffer:
+                snapshot.copies += buffer.nbytes
+            else:
+                snapshot.saved[op.name()] += buffer.nbytes
         for key, gradient in sums:
-            if not isinstance(key, Tensor) and id(_buffer(gradient)) not in seen:
-                seen.add(id(_buffer(gradient)))
-                snapshot.flowing += _buffer(gradient).nbytes
+            if not isinstance(key, Tensor) and id(buffer_of(gradient)) not in seen:
+                seen.add(id(buffer_of(gradient)))
+                snapshot.flowing += buffer_of(gradient).nbytes
         self.timeline.append(snapshot)
 
     @property
@@ -166,6 +160,18 @@ class track_memory(Block):
         return figure
 
 
+def saved_buffers(nodes: Iterable[autograd.Op], seen: set[int]) -> Iterator[tuple[autograd.Op, Array]]:
+    """(op, buffer) of every buffer that the nodes have saved, each once, with the oldest node that saved it.
+
+    `seen` holds the ids of buffers that are not to be counted; those found are added to it.
+    """
+    for op in sorted(nodes, key=lambda op: op.order):
+        for buffer in map(buffer_of, _arrays(op.saved)):
+            if id(buffer) not in seen:
+                seen.add(id(buffer))
+                yield op, buffer
+
+
 def _arrays(saved: Any) -> list[Array]:
     """All arrays in nested tuples and lists."""
     if is_array(saved):
@@ -173,7 +179,7 @@ def _arrays(saved: Any) -> list[Array]:
     return [a for x in saved for a in _arrays(x)] if isinstance(saved, tuple | list) else []
 
 
-def _buffer(array: Array) -> Array:
+def buffer_of(array: Array) -> Array:
     """The array that owns the memory of a view."""
     while is_array(array.base):
         array = array.base
@@ -185,4 +191,6 @@ def peak_rss() -> int:
     if sys.platform == "linux":  # ru_maxrss counts what the parent had before exec; VmHWM starts with this program
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    import resource  # not on Windows, where the rest of this file works
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # macOS: bytes

@@ -3,7 +3,9 @@
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Union
+
+from ..draw import Picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -13,17 +15,22 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#666666"
 
 
-def save_figure(figure: "Figure", name: str) -> None:
-    """Save a picture as figures/NAME.png, beside the file that calls this (in a notebook, in the current folder).
+def save_figure(figure: Union["Figure", Picture], name: str) -> None:
+    """Save a figure as figures/NAME.png, a drawn graph as figures/NAME.svg, beside the file that calls this.
 
-    If the folder cannot be written, it says so, and the lesson goes on.
+    In a notebook the folder is in the current one. If it cannot be written, this says so, and the lesson goes on.
     """
     caller = sys._getframe(1).f_globals.get("__file__")
     folder = (Path(caller).parent if caller else Path()) / "figures"
     try:
         folder.mkdir(exist_ok=True)
-        figure.savefig(folder / f"{name}.png", dpi=120, bbox_inches="tight")
-        print(f"picture: {folder.name}/{name}.png")
+        if isinstance(figure, Picture):
+            path = folder / f"{name}.svg"
+            figure.save(path)
+        else:
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+        print(f"picture: {folder.name}/{path.name}")
     except OSError as error:
         print(f"picture {name} is not saved: {error}")
 

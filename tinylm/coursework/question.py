@@ -275,9 +275,10 @@ class Break(Question):
     given: Callable[..., Any]
     example: Any  # an input that does it
 
-    def __init__(self, *args: Any, takes: str, by: float = 0.1, **more: Any):
+    def __init__(self, *args: Any, takes: str, by: float = 0.1, arrays: bool = True, **more: Any):
+        """`takes` says what a fair input is. `arrays`: lists are made arrays, and arrays are made float64."""
         super().__init__(*args, **more)
-        self.takes, self.by = takes, by
+        self.takes, self.by, self.arrays = takes, by, arrays
 
     def right(self, function: Any) -> Any:
         """Decorator: the right function."""
@@ -297,7 +298,8 @@ class Break(Question):
     def judge(self, answer: Any) -> Verdict:
         args = answer if isinstance(answer, tuple) else (answer,)
         try:
-            args = tuple(map(as_input, args))
+            if self.arrays:
+                args = tuple(map(as_input, args))
             inspect.signature(self.answer).bind(*args)
             problem = self.problem(*args)
         except Exception:  # it is nothing that the functions take

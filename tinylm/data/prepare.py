@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from ..cli import Parser, clock
-from ..files import replacing, sweep, writable_folder
+from ..files import format_bytes, replacing, sweep, writable_folder
 from .text import read_chunks
 from .tokenizer import TOKENIZERS, CharTokenizer, Tokenizer, code_points, describe, make_tokenizer
 from .tokens import DTYPES, FORMAT, HEADER, TOKENS, file_size
@@ -140,7 +140,7 @@ def main() -> None:
         header = prepare(args.files, args.out, args.force, show, tokenizer)
     count, out = header["tokens"], Path(args.out)
     print(f"text        {count:,} tokens, a vocabulary of {make_tokenizer(header['tokenizer']).vocab_size}")
-    print(f"written     {out / TOKENS} ({_gb(count * DTYPES[header['dtype']].itemsize)}), {out / HEADER}")
+    print(f"written     {out / TOKENS} ({format_bytes(count * DTYPES[header['dtype']].itemsize)}), {out / HEADER}")
     print(f"time        {clock(perf_counter() - started)}")
 
 
@@ -163,7 +163,7 @@ def _progress(total: int) -> Iterator[Show]:
                 tasks[what] = bars.add_task(what, total=total)
             bars.update(tasks[what], completed=done)
         elif perf_counter() >= due:
-            print(f"{what:11} {_gb(done)} of {_gb(total)}", flush=True)
+            print(f"{what:11} {format_bytes(done)} of {format_bytes(total)}", flush=True)
             due += PERIOD
 
     try:
@@ -171,7 +171,3 @@ def _progress(total: int) -> Iterator[Show]:
             yield show
     except KeyboardInterrupt:
         raise KeyboardInterrupt("before the end: nothing was written") from None
-
-
-def _gb(size: int) -> str:
-    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
