@@ -1,10 +1,12 @@
 """Hostile answers: whatever is handed in, the checker gives one short verdict, and the right one."""
 
 import functools
+import inspect
 import json
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from decimal import Decimal
@@ -201,6 +203,7 @@ ODD = {
     "an argument of another shape": (shrinks, "your function changes its argument a"),
     "not implemented for some": (no_more, "On a matrix (a of shape (2, 3), b of shape (2, 3)) your function raises No"),
     "a half": (lambda a, b: (a * b, None), "not right yet (c is right).\ntotal is not done yet."),
+    "exchanged": (lambda a, b: right(a, b)[::-1], "\ntotal is what c should be: return c, total.\nOn rows, total has"),
     "the other half": (lambda a, b: [None, b.sum()], "should be -2.49342.\nc is not done yet."),
     "float32": (lambda a, b: (np.float32(a) * np.float32(b), (a + b).sum()), "c is right to "),
     "no function": (Odd(), "this is answered by a function, multiply(a, b), not by an Odd"),
@@ -595,6 +598,16 @@ def test_a_file_that_is_no_lesson_is_named_in_one_line(tmp_path, capsys, monkeyp
     with pytest.raises(SystemExit):
         main(tmp_path)
     assert "07_mine.py does not begin as a lesson does\n" in capsys.readouterr().err
+
+
+def test_a_question_is_called_as_the_lesson_calls_it():
+    """Otherwise the messages would name a function that the student never wrote."""
+    for path in sorted((FOLDER).glob("*.py")):
+        for name, answer in re.findall(r'^check\("(.+?)", (\w+)\)', path.read_text(encoding="utf-8"), re.M):
+            if isinstance(question := find(name), Function):
+                names = re.search(rf"^def {answer}\((.+?)\)", path.read_text(encoding="utf-8"), re.M).group(1)
+                assert re.findall(r"(\w+)(?:=[^,]+)?", names) == list(inspect.signature(question.answer).parameters)
+                assert question.answer.__name__ == answer
 
 
 def test_check_goes_on(capsys):

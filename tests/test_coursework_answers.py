@@ -152,16 +152,11 @@ RIGHT = {
         silu_by_loops,
         lambda dy, x: dy * (1 + np.exp(-x) * (1 + x)) / (1 + np.exp(-x)) ** 2,
         lambda dy, x: dy / 2 * (1 + np.tanh(x / 2) + x / 2 / np.cosh(x / 2) ** 2),
-        lambda dy, x: np.reshape(
-            [d / (1 + np.exp(-a)) * (1 + a / (1 + np.exp(a))) for d, a in zip(dy.flat, x.flat, strict=True)], x.shape
     ],
     "00.3": [
         along_by_loops,
         lambda L, x, dx, u, h: [(L(x + h * u) - L(x - h * u)) / (2 * h), np.vdot(dx, u)],
         lambda L, x, dx, u, h: np.array([(L(x + h * u) - L(x - h * u)) / h / 2, np.einsum("ij,ij->", dx, u)]),
-        lambda L, x, dx, u, h: (
-            (L(x + h * u) - L(x - h * u)) / 2 / h,
-            sum(a * b for a, b in zip(dx.flat, u.flat, strict=True)),
     ],
     "01.2": [tape_by_a_matrix, tape_by_all_paths],
     "01.3": [
@@ -186,9 +181,6 @@ RIGHT = {
         lambda tokens, starts, T: [
             [[int(tokens[s + i + shift]) for i in range(T)] for s in starts] for shift in (0, 1)
         ],
-        lambda tokens, starts, T: (
-            tokens[np.add.outer(starts, np.arange(T))],
-            tokens[1:][np.add.outer(starts, np.arange(T))],
     ],
     "03.3": [stationary_by_iteration, stationary_by_eigenvectors],
     "04.2": [
@@ -219,12 +211,6 @@ RIGHT = {
     "05.3": [
         rms_by_the_quotient_rule,
         lambda dy, x, w, eps: np.asfortranarray(rms_by_the_quotient_rule(dy, x, w, eps)),
-        lambda dy, x, w, eps: np.reshape(
-            [
-                rms_by_the_quotient_rule(d, r, w, eps)
-                for d, r in zip(dy.reshape(-1, len(w)), x.reshape(-1, len(w)), strict=True)
-            ],
-            x.shape,
     ],
     "06.2": [
         jacobian_of_softmax,

@@ -215,20 +215,26 @@ class Function(Question):
 
     def compare(self, cases: Sequence[str], results: Sequence[Outputs]) -> Verdict:
         expected = self.run(self.answer)
-        known = [(wrong, self.run(wrong.answer)) for wrong in self.wrongs]
+        known = [(each, self.run(each.answer)) for each in self.wrongs]
         right, missing, lines, mistakes = [], [], [], []
+        wrong = {}
         for k, name in enumerate(self.returns):
-            mine = [r[k] for r in results]
-            arrays = [a for a in mine if a is not None]
-            if len(arrays) < len(mine):
+            mine = [a for r in results if (a := r[k]) is not None]
+            if len(mine) < len(results):
                 missing.append(name)
-                continue
-            got = Comparison(name, cases, arrays, [r[k] for r in expected], self.rtol)
-            if got.right:
+            elif (got := Comparison(name, cases, mine, [r[k] for r in expected], self.rtol)).right:
                 right.append(name)
+            else:
+                wrong[name] = got
+        for k, name in enumerate(self.returns):
+            if name not in wrong:
                 continue
-            named = [wrong for wrong, theirs in known if got.equals([r[k] for r in theirs])]
-            if named:
+            got = wrong[name]
+            exchanged = [other for other in wrong if other != name and got.equals(wrong[other].want)]
+            named = [each for each, theirs in known if got.equals([r[k] for r in theirs])]
+            if exchanged:
+                lines.append(f"{name} is what {exchanged[0]} should be: return {', '.join(self.returns)}.")
+            elif named:
                 mistakes.append(named[0].name)
                 lines.append(f"{name} looks like: {named[0].name}. {named[0].tells}")
             elif generic := got.generic():

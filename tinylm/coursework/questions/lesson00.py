@@ -59,6 +59,11 @@ def _(f, x, h):
     return (f(x + h) - f(x - h)) / 2 * h
 
 
+@q1.wrong("a missing pair of brackets", "In Python a - b / c is a - (b / c). Write (a - b) / c.")
+def _(f, x, h):
+    return f(x + h) - f(x - h) / (2 * h)
+
+
 @q1.wrong("half the step", "This is a central difference with the step h / 2: take f at x - h and at x + h.")
 def _(f, x, h):
     return (f(x + h / 2) - f(x - h / 2)) / h
@@ -198,7 +203,14 @@ def _(L, x, dx, u, h):
 
 @q3.wrong("the other of the two numbers", "numeric takes two calls of L; analytic takes dx and u alone.")
 def _(L, x, dx, u, h):
-    return along(L, x, dx, u, h)[::-1]
+    numeric, _ = along(L, x, dx, u, h)
+    return numeric, numeric
+
+
+@q3.wrong("the other of the two numbers", "numeric takes two calls of L; analytic takes dx and u alone.")
+def _(L, x, dx, u, h):
+    _, analytic = along(L, x, dx, u, h)
+    return analytic, analytic
 
 
 # --- 00.4 -----------------------------------------------------------------------------------------------------------

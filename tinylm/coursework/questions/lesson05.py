@@ -130,6 +130,15 @@ q2.wrong("eps outside the root", "rstd is 1 / sqrt(var + eps), and not 1 / (sqrt
 q2.wrong("divided by C - 1", "The variance divides by C; NumPy's ddof=1 and PyTorch's var() divide by C - 1.")(
     _changed(dx=_formula, dw=lambda dy, xhat, rows: (dy * xhat).sum(axis=rows), xhat=_sample_variance)
 )
+q2.wrong("w twice", "g = dy w holds w already: do not multiply by w again.")(
+    lambda dy, x, w, eps: (
+        layer_norm_backward(dy, x, w, eps)[0] * w,
+        *layer_norm_backward(dy, x, w, eps)[1:],
+    )
+)
+q2.wrong("x - mean in the place of xhat", "The third term is xhat mean(g xhat), and xhat is (x - mean) rstd.")(
+    _changed(dx=lambda g, xhat, rstd: _formula(g, xhat / rstd, 1.0) * rstd)
+)
 q2.wrong("eps is missing", "rstd is 1 / sqrt(var + eps), with the eps that the function is given.")(
     _changed(dx=_formula, dw=lambda dy, xhat, rows: (dy * xhat).sum(axis=rows), xhat=lambda x, eps: normalised(x, 0))
 )
@@ -246,6 +255,13 @@ def _(dy, x, w, eps):
     _, r = rms_normalised(x, eps)
     g = dy * w
     return r * (g - x * mean(g * x))
+
+
+@q3.wrong("r is missing", "The factor r in front of the bracket is missing.")
+def _(dy, x, w, eps):
+    xhat, _ = rms_normalised(x, eps)
+    g = dy * w
+    return g - xhat * mean(g * xhat)
 
 
 @q3.wrong("the second term is added", "The part along xhat is removed: subtract it.")

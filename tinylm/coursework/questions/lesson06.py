@@ -133,6 +133,17 @@ q2.wrong("masked scores of 0", "exp(0) is 1, so a masked key gets a weight: its 
 q2.wrong("the mask after the softmax", "Then the weights of a row no longer sum to 1: mask the scores, with -inf.")(
     lambda dy, q, k, v: _backward(dy, q, k, v, p=causal(len(q)) * softmax(q @ k.T / np.sqrt(q.shape[1])))
 )
+q2.wrong("the softmax along the queries", "Each *row* of P sums to 1: the softmax goes along the keys, the last axis.")(
+    lambda dy, q, k, v: _backward(
+        dy, q, k, v, p=softmax(np.where(causal(len(q)), q @ k.T / np.sqrt(q.shape[1]), -np.inf).T).T
+    )
+)
+q2.wrong("scaled twice", "1 / sqrt(D) belongs once into dq and once into dk: into dS, or into the products.")(
+    _one_output(
+        dq=lambda dy, q, k, v, p, ds: ds @ k / q.shape[1],
+        dk=lambda dy, q, k, v, p, ds: ds.T @ q / q.shape[1],
+    )
+)
 q2.wrong("dS is not transposed", "dk[s] collects from all queries t that saw key s: dS^T q.")(
     _one_output(dk=lambda dy, q, k, v, p, ds: ds @ q / np.sqrt(q.shape[1]))
 )
