@@ -43,7 +43,7 @@ q2 = Function(
 
 
 @q2.reference
-def adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay):
+def my_adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay):
     return _step(p, g, m, v, t, lr, b1, b2, eps, decay)
 
 
@@ -95,13 +95,13 @@ q2.wrong("t is one too large", "t counts from 1; your correction uses t + 1.")(
 q2.wrong("decay after the step", "Shrink p before the step: otherwise the step itself shrinks too.")(_but(late=True))
 q2.wrong("v holds the gradient's size", "v is the running mean of g^2, not of |g|.")(
     lambda p, g, m, v, t, lr, b1, b2, eps, decay: (
-        *adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay)[:2],
+        *my_adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay)[:2],
         b2 * v + (1 - b2) * abs(g),
     )
 )
 q2.wrong("the mix is reversed", "The old mean keeps the share b; the new gradient gets 1 - b.")(
     lambda p, g, m, v, t, lr, b1, b2, eps, decay: (
-        adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay)[0],
+        my_adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay)[0],
         (1 - b1) * m + b1 * g,
         (1 - b2) * v + b2 * g * g,
     )
