@@ -217,7 +217,7 @@ class Function(Question):
         expected = self.run(self.answer)
         known = [(each, self.run(each.answer)) for each in self.wrongs]
         right, missing, lines, mistakes = [], [], [], []
-        wrong = {}
+        wrong: dict[int, Comparison] = {}
         for k, name in enumerate(self.returns):
             mine = [a for r in results if (a := r[k]) is not None]
             if len(mine) < len(results):
@@ -225,12 +225,10 @@ class Function(Question):
             elif (got := Comparison(name, cases, mine, [r[k] for r in expected], self.rtol)).right:
                 right.append(name)
             else:
-                wrong[name] = got
-        for k, name in enumerate(self.returns):
-            if name not in wrong:
-                continue
-            got = wrong[name]
-            exchanged = [other for other in wrong if other != name and got.equals(wrong[other].want)]
+                wrong[k] = got
+        for k, got in wrong.items():
+            name = self.returns[k]
+            exchanged = [other.name for j, other in wrong.items() if j != k and got.equals(other.want)]
             named = [each for each, theirs in known if got.equals([r[k] for r in theirs])]
             if exchanged:
                 lines.append(f"{name} is what {exchanged[0]} should be: return {', '.join(self.returns)}.")
