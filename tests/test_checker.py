@@ -22,6 +22,7 @@ from tinylm.coursework.compare import Comparison, close
 from tinylm.coursework.figures import save_figure
 from tinylm.coursework.lessons import lessons
 from tinylm.coursework.question import QUESTIONS, Break, Function, Number
+from tinylm.coursework.values import as_input, describe
 
 
 def made(kind, **more):
@@ -110,6 +111,7 @@ RIGHT = [
     lambda a, b: [(a * b).tolist(), float((a + b).sum())],
     lambda a, b: (np.asfortranarray(a * b), np.asarray((a + b).sum())),
     lambda a, b: (tensor(a) * tensor(b), (tensor(a) + tensor(b)).sum()),
+    lambda a, b: (tensor(a, requires_grad=True) * tensor(b), (a + b).sum()),
     lambda a, b: ((a * b).view(Sub), (a + b).sum()),
     lambda a, b: (np.ma.masked_array(a * b), (a + b).sum()),
     lambda a, b: (np.longdouble(a) * b, Fraction(float((a + b).sum()))),
@@ -162,6 +164,12 @@ def shrinks(a, b):
     return y
 
 
+def reshapes(a, b):
+    y = right(a, b)
+    np.ndarray.shape.__set__(b, (1, *b.shape))
+    return y
+
+
 def no_more(a, b, calls=[]):  # noqa: B006
     calls.append(1)
     if len(calls) % 2 == 0:
@@ -193,6 +201,13 @@ ODD = {
     "a list in itself": (lambda a, b: nested, "your function returns a list, and not 2 results"),
     "a very large integer": (lambda a, b: (10**5000, 1), "c has shape () and should have (4,)"),
     "a very large result": (lambda a, b: (huge, 1), "c has shape (1000000000, 1000000000), which is far too large"),
+    "a scalar array": (lambda a, b: np.array(1.0), "your function returns an array of shape (), and not 2 results"),
+    "an empty list": (lambda a, b: [], "your function returns a list, and not 2 results"),
+    "None for a matrix": (lambda a, b: right(a, b) if a.ndim == 1 else None, "On a matrix (a of shape (2, 3), b of"),
+    "a half for a matrix": (
+        lambda a, b: (a * b, (a + b).sum() if a.ndim == 1 else None),
+        "not right yet (c is right).\ntotal is not done yet.",
+    ),
     "one result": (lambda a, b: a * b, "your function returns an array of shape (4,), and not 2 results: c, total"),
     "a result of booleans": (lambda a, b: (a > b, (a + b).sum()), "not right yet (total is right).\nOn rows, c["),
     "a masked result": (lambda a, b: (np.ma.masked_less(a * b, 9), (a + b).sum()), "c has NaN in it on every input"),
@@ -201,6 +216,7 @@ ODD = {
     "other order": (lambda b, a: right(a, b), "called as multiply(a, b), and yours takes (b, a)"),
     "an argument changed": (changes, "your function changes its argument b: work on a copy"),
     "an argument of another shape": (shrinks, "your function changes its argument a"),
+    "an argument reshaped": (reshapes, "your function changes its argument b"),
     "not implemented for some": (no_more, "On a matrix (a of shape (2, 3), b of shape (2, 3)) your function raises No"),
     "a half": (lambda a, b: (a * b, None), "not right yet (c is right).\ntotal is not done yet."),
     "exchanged": (lambda a, b: right(a, b)[::-1], "\ntotal is what c should be: return c, total.\nOn rows, total has"),
@@ -255,7 +271,8 @@ def test_the_line_is_that_of_the_students_own_code():
         return x.nothing
 
     assert "nothing' (line " in (told := product().examine(lambda a, b: helper(a)).message)
-    assert "return x.nothing)" in told
+    line = helper.__code__.co_firstlineno + 1
+    assert f"(line {line}: return x.nothing)" in told
     assert "np.linalg.inv(a)).message" in product().examine(lambda a, b: np.linalg.inv(a)).message
 
 
@@ -282,6 +299,48 @@ def test_arguments_of_any_kind_are_copied_and_compared():
         assert "(items = a list, table = a dict, text = a str, n = 3)" in verdict.message
 
 
+def test_the_catalogues_functions_get_copies_too():
+    shared = [1.0, 2.0]
+    q = made(Function, returns="y")
+    q.reference(lambda items: sum(items))
+    q.cases(lambda normal: iter([("a list", (shared,))]))
+    q.wrong("emptied", "It should add.")(lambda items: items.pop() * (items.clear() or 1))
+    assert q.examine(lambda items: 2.0).mistakes == ("emptied",)
+    assert q.examine(lambda items: 3.0).passed
+    assert shared == [1.0, 2.0]
+
+
+def test_descriptions():
+    def named(name):
+        f = Callable()
+        f.__name__ = name
+        return f
+
+    for x, told in (
+        (np.sin, "sin"),
+        (named("x" * 99), "a function"),
+        (named("two words"), "a function"),
+        (named(3), "a function"),
+        (1 / 3, "0.3333333333"),
+        (None, "None"),
+        ([], "a list"),
+        (range(3), "a range"),
+        (Odd(), "an Odd"),
+        (np.zeros(2, "M8[s]"), "an array of shape (2,) and dtype datetime64[s]"),
+    ):
+        assert describe(x) == told
+
+
+def test_what_a_function_to_break_is_given():
+    assert isinstance(as_input(3), int)
+    assert isinstance(as_input(np.float32(3)), float)
+    assert as_input([1, 2]).dtype == np.float64
+    assert as_input("text") == "text"
+    for odd_input in (None, True, 1j, [[1], [1, 2]], np.array([True])):
+        with pytest.raises(TypeError):
+            as_input(odd_input)
+
+
 # --- comparing --------------------------------------------------------------------------------------------------------
 
 inf, nan = math.inf, math.nan
@@ -297,6 +356,7 @@ inf, nan = math.inf, math.nan
         ([1e-20], [1e-20], True),
         ([2e-20], [1e-20], False),
         ([1e-17, 0], [0, 0], True),
+        ([1e-10], [0], True),
         ([1e-6], [0], False),
         ([nan, 1], [nan, 1], True),
         ([nan, 1], [1, 1], False),
@@ -352,6 +412,7 @@ Y = np.random.default_rng(0).standard_normal((3, 4))
         (lambda y: y[None], ""),
         (lambda y: abs(y), ""),
         (lambda y: y + 1, ""),
+        (lambda y: y + 4e-3, ""),
         (lambda y: np.where(y == y.max(), inf, y), ""),
         (lambda y: np.float32(y), "y is right to 7 digits only: is something in it float32, or an approximation?"),
         (lambda y: y + 1e-4, "y is right to 4 digits only: is something in it float32, or an approximation?"),
@@ -362,6 +423,20 @@ def test_mistakes_that_have_no_name(change, told):
     comparison = Comparison("y", ["one", "two"], *pairs, 1e-9)
     assert not comparison.right
     assert comparison.generic() == told
+
+
+@pytest.mark.parametrize(
+    ("got", "want"),
+    [
+        ([Y * nan, Y + 1], [Y, Y]),
+        ([Y.T, Y.T + 1], [Y, Y]),
+        ([0 * Y, Y + 1], [Y, Y]),
+        ([-Y, 2 * Y], [Y, Y]),
+        ([Y], [0 * Y]),
+    ],
+)
+def test_what_holds_on_one_input_only_is_no_rule(got, want):
+    assert Comparison("y", list("ab")[: len(got)], got, want, 1e-9).generic() == ""
 
 
 # --- numbers and inputs to break --------------------------------------------------------------------------------------
@@ -431,21 +506,32 @@ def test_an_input_to_break(name, answer, told):
     assert verdict.passed is told.startswith("right,")
 
 
-def test_functions_to_break_work_on_copies(capsys):
+def breaking(given):
     q = made(Break, takes="an array")
     q.right(lambda x: x)
     q.valid(lambda x: None)
+    q.breaks(given)
+    return q
 
-    @q.breaks
-    def _(x):
-        x *= 2
-        return x[:1]
 
+def test_functions_to_break_work_on_copies():
     mine = np.ones(3)
-    assert q.examine(mine).message == (
-        "right, it breaks there. On this input, the result has shape (1,) and should have (3,)."
-    )
+    verdict = breaking(lambda x: np.multiply(x, 2, out=x)).examine(mine)
+    assert verdict.message == "right, it breaks there. On this input, the result[0] is 2 and should be 1."
     assert (mine == 1).all()
+
+
+def test_what_counts_as_broken():
+    for given, x, breaks in (
+        (lambda x: x[:1], np.ones(3), True),  # of another shape
+        (lambda x: x * nan, np.ones(3), True),
+        (lambda x: x + 0.11, np.ones(3), True),
+        (lambda x: x + 0.09, np.ones(3), False),
+        (lambda x: x + 0.09, 1e-9 * np.ones(3), False),
+        (lambda x: x * (1 + 1e-12), 1e20 * np.ones(3), False),  # rounding
+        (lambda x: x * 1.01, 1e20 * np.ones(3), True),
+    ):
+        assert breaking(given).examine(x).passed is breaks
 
 
 def test_a_message_is_printed_by_any_terminal(tmp_path):

@@ -47,9 +47,9 @@ class Comparison:
         if all(not got.any() for got, _ in pairs):
             return f"{self.name} is zero everywhere."
         dots = [(float((got * want).sum()), float((want * want).sum())) for got, want in pairs]
-        if sum(d for _, d in dots) > 0 and np.isfinite([d for d, _ in dots]).all():
+        if sum(d for _, d in dots) > 0:
             factor = sum(d for d, _ in dots) / sum(d for _, d in dots)
-            if abs(factor) > 1e-9 and all(close(got, factor * want, 1e-6) for got, want in pairs):
+            if all(close(got, factor * want, 1e-6) for got, want in pairs):
                 what = "has the wrong sign" if abs(factor + 1) < 1e-6 else f"is {factor:.6g} times what it should be"
                 return f"{self.name} {what}, in every element."
         return ""

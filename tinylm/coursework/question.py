@@ -228,7 +228,7 @@ class Function(Question):
                 wrong[k] = got
         for k, got in wrong.items():
             name = self.returns[k]
-            exchanged = [other.name for j, other in wrong.items() if j != k and got.equals(other.want)]
+            exchanged = [other.name for other in wrong.values() if got.equals(other.want)]
             named = [each for each, theirs in known if got.equals([r[k] for r in theirs])]
             if exchanged:
                 lines.append(f"{name} is what {exchanged[0]} should be: return {', '.join(self.returns)}.")
@@ -266,7 +266,7 @@ class Number(Question):
         return Verdict(f"not right yet: {value:g} is {side}.")
 
     def agrees(self, a: float, b: float) -> bool:
-        return bool(abs(a - b) <= self.rtol * abs(b) or a == b)
+        return abs(a - b) <= self.rtol * abs(b)
 
 
 class Break(Question):
