@@ -14,9 +14,10 @@ import pytest
 
 import tinylm
 from tinylm import __main__
+from tinylm.coursework.lessons import FILES
 
 ROOT = Path(__file__).parent.parent
-SHARED = ("examples/*.py", "lessons/*.py", "lessons/README.md", "lessons/solutions/*.py")
+SHARED = ("examples/*.py", *(f"lessons/{pattern}" for pattern in FILES))
 SMALL = [
     "--n-layer=1",
     "--n-head=2",
@@ -144,7 +145,7 @@ def test_every_command_works_from_the_wheel(installed, tmp_path):
     succeed(command, "prepare", "novel.txt", "--out", "tokens", cwd=tmp_path)
     succeed(command, "train", "--data", "tokens", *SMALL, cwd=tmp_path)
     succeed(command, "lessons", "start", "mine", cwd=tmp_path)
-    assert files(tmp_path / "mine", "**/*") == files(ROOT / "lessons", "*.py", "README.md", "solutions/*.py")
+    assert files(tmp_path / "mine", "**/*") == files(ROOT / "lessons", *FILES)
     assert {path.name for path in tmp_path.joinpath("runs").iterdir()} == {"novel", "tokens"}
 
 
@@ -192,11 +193,16 @@ def test_every_command_has_a_help(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "tinylm: error: 'nonsense' is not a command; they are train, generate, prepare, report"),
-        (["--nonsense"], "tinylm: error: '--nonsense' is not a command; they are train, generate, prepare, report"),
-        ([""], "tinylm: error: '' is not a command; they are train, generate, prepare, report"),
+        (["nonsense"], "tinylm: error: 'nonsense' is not a command; they are train, generate, prepare, report, probe"),
+        (
+            ["--nonsense"],
+            "tinylm: error: '--nonsense' is not a command; they are train, generate, prepare, report, probe",
+        ),
+        ([""], "tinylm: error: '' is not a command; they are train, generate, prepare, report, probe"),
         (["report"], "tinylm report: error: the following arguments are required: RUN"),
         (["report", "."], "tinylm report: error: . is not a run: it has no metrics.jsonl"),
+        (["probe"], "tinylm probe: error: the following arguments are required: RUN"),
+        (["probe", "."], "tinylm probe: error: . holds no checkpoint of a run"),
         (["prepare"], "tinylm prepare: error: the following arguments are required: FILE, --out"),
         (["generate"], "tinylm generate: error: there is no run with a checkpoint under runs/: "),
         (["train", "--stepz", "3"], "tinylm train: error: unrecognized arguments: --stepz 3"),

@@ -134,6 +134,7 @@ def test_a_lesson_runs_in_its_time_and_draws_its_pictures(lesson, tmp_path):
     from matplotlib.image import imread
 
     path = Path(shutil.copy(lesson.path, tmp_path))
+    shutil.copytree(FOLDER / "recorded", tmp_path / "recorded")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run(path, tmp_path)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -166,6 +167,7 @@ def test_a_lesson_runs_as_a_notebook(lesson, tmp_path, monkeypatch):
     for cell in notebook.cells:
         assert not (cell.cell_type == "markdown" and '"""' in cell.source)
     # As a kernel runs it: cell by cell, in one namespace, without a __file__.
+    shutil.copytree(FOLDER / "recorded", tmp_path / "recorded")
     script = tmp_path / "notebook.py"
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     script.write_text(f"names = {{}}\nfor source in {sources!r}:\n    exec(compile(source, 'cell', 'exec'), names)\n")
@@ -198,6 +200,9 @@ def test_the_command_copies_the_lessons(tmp_path):
         for path in (lesson.path.name, f"solutions/{lesson.path.name}"):
             assert (tmp_path / "mine" / path).read_bytes() == (FOLDER / path).read_bytes()
     assert (tmp_path / "mine" / "README.md").exists()
+    assert sorted(path.name for path in (tmp_path / "mine" / "recorded").iterdir()) == sorted(
+        path.name for path in (FOLDER / "recorded").iterdir()
+    )
     assert f"Begin with: python {Path('mine') / LESSONS[0].path.name}" in done.stdout
 
     again = command("start", "mine", cwd=tmp_path)

@@ -87,6 +87,8 @@ def test_the_snippets_print_what_their_comments_say(printed):
     output, _ = printed
     assert "op=Gelu" in output
     assert re.search("^2 2$", output, re.M)
+    assert "\nnothing found\n" in output
+    assert "\naccumulation undivided: the losses of the micro-batches are added, so" in output
 
 
 def test_every_kind_of_command_is_run():

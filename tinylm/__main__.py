@@ -1,4 +1,4 @@
-"""The command `tinylm`: train, generate, prepare, report, lessons.
+"""The command `tinylm`: train, generate, prepare, report, probe, lessons.
 
     tinylm train --data novel.txt
     tinylm report runs/novel
@@ -55,6 +55,12 @@ def _report() -> None:
     main()
 
 
+def _probe() -> None:
+    from .probe.command import main
+
+    main()
+
+
 def _lessons() -> None:
     from .coursework.lessons import main
 
@@ -66,6 +72,7 @@ COMMANDS = {
     "generate": (_generate, "write with a trained model"),
     "prepare": (_prepare, "turn texts of any size into tokens on disk"),
     "report": (_report, "draw training runs as one HTML page"),
+    "probe": (_probe, "look for silent bugs in a run"),
     "lessons": (_lessons, "list the lessons, or copy them into a folder"),
 }
 

@@ -9,6 +9,8 @@ from typing import NamedTuple
 from .. import cli
 from ..files import writable_folder
 
+FILES = ("*.py", "README.md", "solutions/*.py", "recorded/*.json")  # what a copy of the lessons has
+
 
 class Lesson(NamedTuple):
     """What the first cell of a lesson says of it."""
@@ -51,7 +53,7 @@ def main(folder: Path) -> None:
         there = writable_folder(args.folder)
         if any(there.iterdir()):
             raise ValueError(f"{there} is not empty: choose a new folder, so that no work of yours is overwritten")
-    for path in (*folder.glob("*.py"), *folder.glob("*.md"), *folder.glob("solutions/*.py")):
+    for path in [path for pattern in FILES for path in folder.glob(pattern)]:
         copy = there / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
