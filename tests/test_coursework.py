@@ -1,5 +1,6 @@
 """The questions and the checker: right answers pass, each usual mistake is refused and named, nothing else happens."""
 
+import copy
 import inspect
 import json
 
@@ -155,6 +156,18 @@ def test_the_cases_are_the_same_each_time_and_all_float64(question):
                 np.testing.assert_array_equal(x, y)
                 assert x.dtype in (np.float64, np.int64, bool)
     assert len(first) >= 2
+
+
+@pytest.mark.parametrize("question", FUNCTIONS)
+def test_every_argument_counts(question):
+    """Otherwise a function that ignores one of them, and takes a usual value for it, would pass."""
+    _, first = question.inputs()[0]
+    for k, name in enumerate(inspect.signature(question.answer).parameters):
+
+        def fixed(*args, k=k):
+            return question.answer(*args[:k], copy.deepcopy(first[k]), *args[k + 1 :])
+
+        assert not question.examine(fixed).passed, name
 
 
 @pytest.mark.parametrize("question", [q for q in QUESTIONS.values() if isinstance(q, Break)], ids=lambda q: q.name)

@@ -170,8 +170,10 @@ def along(L, x, dx, u, h):
 def _(normal):
     x, a = normal(3, 4), normal(3, 4)
     yield "a linear loss", (lambda x: (a * x).sum(), x, a, normal(3, 4), 1e-2)
+    x = normal(3, 4)
     # The step is so large that the two numbers differ, and the last gradient is wrong: each is judged by itself.
     yield "sin, with h = 0.1", (lambda x: np.sin(x).sum(), x, np.cos(x), 3 * normal(3, 4), 0.1)
+    x = normal(3, 4)
     yield "a sum of squares whose dx is wrong", (lambda x: (x * x).sum(), x, x, normal(3, 4), 1e-3)
 
 

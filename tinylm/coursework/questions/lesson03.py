@@ -52,6 +52,7 @@ def inputs_and_targets(tokens, starts, T):
 def _(normal):
     tokens = np.argsort(normal(40))
     yield "two sequences", (tokens, np.array([3, 20]), 6)
+    tokens = np.argsort(normal(40))
     yield "a sequence that ends with the text", (tokens, np.array([33, 0, 17]), 6)
     yield "sequences of one token", (tokens, np.array([5, 38]), 1)
 

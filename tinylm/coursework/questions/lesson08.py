@@ -49,9 +49,9 @@ def my_adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay):
 
 @q2.cases
 def _(normal):
-    for t in (1, 2, 50):
+    for t, b1, eps in ((1, 0.9, 1e-8), (2, 0.8, 1e-3), (50, 0.9, 1e-8)):
         args = normal(3, 4), normal(3, 4), 0.1 * normal(3, 4), 0.01 * normal(3, 4) ** 2
-        yield f"step {t}", (*args, t, 0.01, 0.9, 0.999, 1e-8, 0.3)
+        yield f"step {t}", (*args, t, 0.01, b1, 0.999, eps, 0.3)
     args = normal(5), 1e-8 * normal(5), np.zeros(5), np.zeros(5)
     yield "tiny gradients", (*args, 1, 0.01, 0.9, 0.99, 1e-8, 0.0)
     # All that happens here is decay; beside a usual step it would hardly show.
