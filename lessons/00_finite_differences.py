@@ -4,10 +4,10 @@ r"""
 
 **How do I know that a gradient is right?**
 
-About 45 minutes. You need Python, NumPy, and the derivative of a function of one number. Afterwards you can check any
-gradient in a second, and you know which checks lie.
+About 55 minutes. You need Python, NumPy, derivatives, and the chain rule for functions of several numbers. Afterwards
+you can check any gradient in a second, and you know which checks can be fooled.
 
-Run this file whole, `python lessons/00_finite_differences.py`, or cell by cell in VS Code, Jupyter or Spyder.
+Run this file whole, `python 00_finite_differences.py`, or cell by cell in VS Code, Jupyter or Spyder.
 """
 
 # %%
@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 
 import tinylm
 from tinylm import GPT, GPTConfig, gradcheck, ops, random
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREEN, ORANGE, bounds, save_figure
 from tinylm.data import Markov
 from tinylm.ops.gelu import Gelu
@@ -69,16 +69,19 @@ How much does the mistake cost? We train the same small GPT three times, for 200
 training code yet: lessons 01 to 11 build every part of it. Two runs are right and differ only in the random start. The
 third has the wrong derivative inside, put there by `tinylm.override`.
 
-The data are a language of 8 symbols that we made up, so that we know two numbers exactly. Someone who knows nothing
-guesses, and has the loss $\ln 8 = 2.08$. Someone who knows the language perfectly still cannot know the next symbol;
-his loss is the language's entropy $H = 0.80$. Every loss lies between these two.
+The model reads text and predicts the next symbol. Its *loss* is minus the logarithm of the probability that it gave to
+the symbol that really came, as a mean over many places. Lower is better. The logarithm is the natural one; the unit is
+called *nat*. (Lessons 02 and 03 are about this.) The text is of a language of 8 symbols that we made up, so that we
+know two numbers exactly. Someone who knows nothing guesses, and has the loss $\ln 8 = 2.08$. Someone who knows all
+probabilities of the language still cannot know the next symbol; his loss is $H = 0.80$, the *entropy* of the language.
+A model that has learned something lies between the two.
 
 **Predict** before you run the next cells: how far will the wrong run be behind the right one, in its final loss? Put a
 number for `None`. (If you leave `None`, the lesson goes on.)
 """
 
 # %%
-guess = predict("00.a", None, "loss of the wrong run minus that of the right one, nats a token")
+guess = predict("00.a", None, "loss of the wrong run minus that of the right one, nats")
 
 
 # %%
@@ -109,12 +112,11 @@ def losses(seed):
 one, two = losses(seed=1), losses(seed=2)
 with tinylm.override(Gelu, WrongGelu):
     wrong = losses(seed=1)
-guess.measured(wrong[-1] - one[-1])
 
 # %%
 figure, axes = plt.subplots(figsize=(7, 4))
-for curve, colour, label in zip([one, wrong, two], [BLUE, ORANGE, GREEN], ["run 1", "run 2", "run 3"], strict=True):
-    axes.plot(range(20, 201, 20), curve, "o-", color=colour, markersize=3, label=label)
+for curve, colour, label in zip([two, one, wrong], [BLUE, ORANGE, GREEN], "ABC", strict=True):
+    axes.plot(range(20, 201, 20), curve, "o-", color=colour, markersize=3, label=f"run {label}")
 bounds(axes, language.V, language.entropy)
 axes.set(xlabel="step", ylabel="loss on fresh text (nats a token)", title="One of these has a wrong gradient")
 axes.legend(loc="lower left", frameon=False)
@@ -130,7 +132,8 @@ a better one.
 """
 
 # %%
-print(f"final losses: {one[-1]:.3f}, {wrong[-1]:.3f}, {two[-1]:.3f}; the wrong one is run 2")
+print(f"final losses: A {two[-1]:.3f}, B {one[-1]:.3f}, C {wrong[-1]:.3f}; the wrong one is C")
+guess.measured(wrong[-1] - one[-1])
 assert max(one[-1], wrong[-1], two[-1]) - min(one[-1], wrong[-1], two[-1]) < 0.25
 
 # %% [markdown]
@@ -151,7 +154,7 @@ $\tfrac{h^2}{6}|f'''|$: ten times smaller $h$, a hundred times smaller error.
 
 But a computer stores $f(x+h)$ with a relative error of about $\varepsilon$, which is $10^{-16}$ in float64. The
 difference keeps that error and is divided by $2h$: this part of the error is about $\varepsilon |f| / h$, and it
-*grows* as $h$ shrinks. The best step is where the two are equal, at $h \approx \varepsilon^{1/3}$.
+*grows* as $h$ shrinks. So there is a best step, neither large nor small.
 
 **Predict**: at which of the steps $10^{-1}, 10^{-2}, \dots, 10^{-12}$ is the error smallest in float64?
 """
@@ -184,10 +187,11 @@ r"""
 ![Error against step for three dtypes](figures/00_error_against_step.png)
 
 Read the blue line from the left. The error falls by a factor of 100 for each factor of 10 in $h$, as $h^2$ should. Near
-$10^{-5}$ it reaches its lowest point, about ten correct digits. Then rounding takes over. In float32 the best step
-leaves five digits here and fewer in longer formulas, in float16 two. A mistake may be as small as one part in a
-thousand, so **gradients are checked in float64**. Nothing else about the code changes: a formula that is right in
-float64 is right.
+$10^{-5}$ it reaches its lowest point, with ten correct digits. Then rounding takes over. (The two errors, $h^2$ and
+$\varepsilon/h$, are of one size near $h = \varepsilon^{1/3}$, if $f$ and $f'''$ are of one size.) In float32 the best
+step leaves five digits for this formula and fewer for longer ones; in float16, two. So **gradients are checked in
+float64**, where a wrong formula cannot be mistaken for rounding. A formula that passes in float64 is the right formula.
+Whether it overflows for some inputs is another question: exercise 00.4.
 
 ## Many inputs, many outputs
 
@@ -198,7 +202,7 @@ $$ dx_i = \sum_j dy_j \, \frac{\partial y_j}{\partial x_i}. $$
 
 Look at what this says when $dy$ is some fixed array $c$: then $dx$ is the gradient of the number
 $\sum_j c_j\, y_j$. So to check a backward we choose a $c$, call `backward(c)`, and compare with the measured slopes
-of `(c * f(x)).sum()`, one element of $x$ at a time. In eight lines:
+of `(c * f(x)).sum()`, one element of $x$ at a time. In ten lines:
 """
 
 
@@ -259,14 +263,17 @@ for name, c in (("ones", np.ones((3, 4))), ("random", rng.standard_normal((3, 4)
 
 # %% [markdown]
 r"""
-With a random $c$ there is no way to hide: if a backward is wrong for some $dy$, a random one shows it, except by an
-accident of probability zero. Layer norm (lesson 05) has the same trap, and so has everything that subtracts a mean.
+A right backward is linear in $dy$, and if a linear one is wrong for any $dy$ at this $x$, it is wrong for almost every
+random one. Layer norm (lesson 05) has the same trap, and so has everything whose last step is to subtract a mean.
+
+How close is close enough? In float64, with this step, a right backward agrees to about $10^{-8}$ of the largest element
+or better; a wrong one is rarely within $10^{-3}$. tinylm draws the line at a relative difference of $10^{-5}$.
 
 ## The same thing in tinylm
 
-Open `tinylm/gradcheck.py`. It is the loop above, with what practice adds: longer and shorter steps where the first one
-disagrees; a check that the function is deterministic; a message that names the worst element and the code that ran.
-`gradcheck(f, x)` returns True, or raises an error:
+Open `tinylm/gradcheck.py` and find the loop over `np.ndindex`. It is the loop above, with what practice adds: longer
+and shorter steps where the first one disagrees; a check that the function is deterministic; a message that names the
+worst element and the code that ran. `gradcheck(f, x)` returns True, or raises an error:
 """
 
 # %%
@@ -286,19 +293,20 @@ saves the slope in forward and multiplies by it in backward. Check that it is ou
 
 - **Corners.** At 0, `relu` has no derivative; a central difference there gives one half. Random inputs do not hit it.
 - **Chance.** With dropout two forwards differ. Fix the seed, or the check compares noise.
-- **Size.** Each element costs two forwards. Check small arrays, such as (2, 3, 4): a formula does not know its size.
-  Give every axis another length, so that a wrong axis shows.
+- **Size.** Each element costs two forwards. Check small arrays, such as (2, 3, 4): the formula is the same for large
+  ones. Give every axis another length, so that a wrong axis shows.
 - **A whole model.** Two forwards along *one* random direction check the gradients of all parameters at once, but do not
   tell which one is wrong. That is exercise 00.3.
-- **What it cannot see.** The check trusts the forward. If forward computes the wrong thing, backward is its right
-  derivative, and the check passes. Compare the forward with a plain, slow version; that is the topic of every lesson.
+- **What it cannot see.** The check trusts the forward. If forward is wrong, and backward is the derivative of that
+  wrong forward, the check passes. So compare the forward with a plain, slow version, as the other lessons do.
 
 ## Exercises
 
-Write your answer into the cell and run it. `hint("00.2")` gives a hint, twice, and then the reasoning. Solutions are in
-`lessons/solutions/`. Each exercise stands alone.
+Write your answer into the cell and run it. If you are stuck, write `hint("00.2")` below it: a first hint, at the next
+call a second one, and then the reasoning. Solutions are in the folder `solutions`. Each exercise stands alone.
 
-**00.1** (5 minutes, ★) The slope of a function of one number at `x`, by a central difference with step `h`.
+**00.1** (5 minutes, ★) The slope of a function of one number at `x`, by the central difference above, with the given
+step `h` and two calls of `f`.
 """
 
 

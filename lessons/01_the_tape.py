@@ -17,7 +17,7 @@ import numpy as np
 
 import tinylm
 from tinylm import draw, tensor
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, ORANGE, save_figure
 
 # %% [markdown]

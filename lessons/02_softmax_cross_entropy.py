@@ -14,7 +14,7 @@ import numpy as np
 
 import tinylm
 from tinylm import gradcheck, ops, tensor
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, ORANGE, save_figure
 
 rng = np.random.default_rng(0)

@@ -12,7 +12,7 @@ targets without an off-by-one, and you know what a loss is to be compared with.
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, ORANGE, bounds, save_figure
 from tinylm.data import Markov, Sentences, get_batch
 

@@ -14,7 +14,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from tinylm import gradcheck, ops, tensor
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREY, ORANGE, save_figure
 from tinylm.data import Sentences
 

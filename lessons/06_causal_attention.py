@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 
 import tinylm
 from tinylm import GPT, GPTConfig, gradcheck, ops, random, tensor
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, ORANGE, save_figure
 from tinylm.optim import AdamW, clip_grad_norm_
 
@@ -35,6 +35,10 @@ that sum to 1, and the output is the weighted mean of the values:
 $$ S_{ts} = \frac{q_t \cdot k_s}{\sqrt D}, \qquad
    P_{ts} = \frac{e^{S_{ts}}}{\sum_{s' \le t} e^{S_{ts'}}} \;\; (s \le t), \qquad
    y_t = \sum_{s \le t} P_{ts}\, v_s . $$
+
+Where do the three vectors come from? From the row $x_t$ of the token, by three linear layers: $q_t = x_t W_q$, $k_t =
+x_t W_k$, $v_t = x_t W_v$. (GPT-2 does all three in one, named `c_attn`.) What the token looks for, what it offers and
+what it passes on are learned.
 
 The sum stops at $s = t$. A position sees itself and what came before it, never what comes after: the model will be
 asked to predict that. This is what *causal* means. In matrices, for T positions and vectors of length D, with $Q$, $K$,
@@ -65,10 +69,10 @@ a position always sees itself; an empty row would be $0/0$.
 
 ## Why divide by $\sqrt D$?
 
-If the elements of $q$ and $k$ have variance 1, then $q \cdot k$ is a sum of $D$ products of variance 1: its standard
-deviation is $\sqrt D$. A softmax of large numbers puts all weight on the largest one. Then it hardly responds to a
-change of the scores, and hardly any gradient comes back through it. Entropy measures how widely the weights are spread:
-from $\ln 64 = 4.16$ for 64 equal weights down to 0 for a single one.
+If the elements of $q$ and $k$ are independent, with mean 0 and variance 1, then $q \cdot k$ is a sum of $D$ products of
+variance 1: its standard deviation is $\sqrt D$. A softmax of large numbers puts all weight on the largest one. Then it
+hardly responds to a change of the scores, and hardly any gradient comes back through it. Entropy measures how widely
+the weights are spread: from $\ln 64 = 4.16$ for 64 equal weights down to 0 for a single one.
 """
 
 # %%
@@ -78,13 +82,14 @@ for D in (4, 16, 64, 256):
         p = np.exp(s - s.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         print(f"{-(p * np.log(p + 1e-300)).sum(-1).mean():6.2f}", end="")
-    print(f"   nats: D = {D}, without the scale and with it")
+    @@
 
 # %% [markdown]
 r"""
-With the scale the spread does not depend on $D$. Without it, a head of size 64 begins its life looking at one position
-only, chosen by chance. (A small model learns all the same, for it can shrink its queries. The scale is there so that
-it need not, and so that one learning rate fits models of every width.)
+Each line has the entropy without the scale and with it. With it, the spread does not depend on $D$. Without it, a query
+of 64 such numbers looks at one or two positions only, chosen by chance. (GPT-2's initial weights are small, so that it
+begins more evenly than this; and a small model can learn to shrink its queries. The scale makes the start independent
+of $D$.)
 
 ## Heads
 
@@ -103,17 +108,21 @@ print(
 
 # %% [markdown]
 r"""
-The second line has the right shape and mixes up positions and heads: now a "position" of the attention is some half of
-some token, and the mask, which thinks in positions, masks the wrong things. The loss even looks *better*, because
-the future leaks in. You will meet this bug again in lesson 14.
+The second line has the right shape, and mixes up positions and heads: now a "position" of the attention is one half of
+some token, and the mask, which thinks in positions, hides the wrong things. Nothing fails.
+
+The way back is the same two steps in reverse, `y.swapaxes(1, 2).reshape(B, T, C)`: the heads' results stand side by
+side again. A last linear layer, `c_proj`, mixes them.
 
 ## Backwards: four products
 
 Forward is $Y = PV$ with $P = \mathrm{softmax}(S)$ and $S = QK^\top/\sqrt D$. We walk it from the end. Two facts from
 earlier lessons are enough.
 
-- *A product* $C = AB$ has $dA = dC\,B^\top$ and $dB = A^\top dC$. (If you forget which, the shapes allow only this.)
-- *A softmax* $p$ of a row $s$ has $ds = p\,\bigl(dp - \sum dp\,p\bigr)$, element by element, with the sum over the row.
+- *A product* $C = AB$ has $dA = dC\,B^\top$ and $dB = A^\top dC$ (lesson 04). Careful: $P$ and $S$ are square, so here
+  the shapes do not tell whether a transpose is missing.
+- *A softmax* $p$ of a row $s$ has $ds = p\,\bigl(dp - \sum dp\,p\bigr)$, element by element, with the sum over the row
+  (lesson 02).
 
 So, with $dY$ of shape (T, D) given:
 
@@ -121,10 +130,11 @@ $$ dP = dY\,V^\top, \qquad dV = P^\top dY, \qquad dS = P * \bigl(dP - \mathrm{ro
 $$ dQ = dS\,K / \sqrt D, \qquad dK = dS^\top Q / \sqrt D . $$
 
 Four products, twice as many as forward has. And the mask? Where a key is masked, $P = 0$, so $dS = 0$. **No gradient
-flows to the future because no weight came from there.** The mask needs no line of its own in backward.
+flows to the future because no weight came from there.** The mask needs no line of its own in backward (as long as
+nobody multiplies by $S$ itself: $0 \cdot (-\infty)$ is NaN).
 
 Read $dV = P^\top dY$ in words: the value at $s$ collects the gradients of all positions $t$ that looked at it, each
-with the weight with which it looked. A token that was looked at often gets a large gradient.
+with the weight with which it looked.
 """
 
 
@@ -189,7 +199,7 @@ r"""
 
 A loss curve does not tell whether the mask is right. A picture does. For each pair of positions we compute how strongly
 the output at $t$ depends on the input at $s$: the norm of all the derivatives of $y_t$ with respect to $q_s$, $k_s$ and
-$v_s$. Each backward with a single 1 in $dY$ gives the derivatives of one element of $Y$.
+$v_s$. A backward with a single 1 in $dY$ gives the derivatives of one element of $Y$.
 
 Beside it, the same for a mask that is off by one: `np.tri(T, T, 1)`.
 """
@@ -220,7 +230,7 @@ for axes, offset, title in zip(both, (0, 1), ("np.tri(T)", "np.tri(T, T, 1): off
     norms = dependence(q, k, v, np.tri(T, T, offset, dtype=bool))
     future = np.triu(norms, 1).max()
     print(f"{title:30} the largest dependence on the future: {future:.2f}")
-    image = axes.imshow(np.where(norms > 0, norms, np.nan), cmap="viridis", vmin=0, vmax=2)
+    image = axes.imshow(np.where(norms > 0, norms, np.nan), cmap="viridis", vmin=0, vmax=3)
     axes.axline((-0.5, -0.5), slope=1, color="black", linewidth=1)
     axes.set(xlabel="input position s", ylabel="output position t", title=title)
 figure.colorbar(image, ax=both, label="norm of the derivatives")
@@ -304,7 +314,7 @@ for head, axes in enumerate(maps):
     print(f"head {head}: {weights[back]:.0%} of the weight lies {back} positions back")
     axes.imshow(p, cmap="viridis", vmin=0, vmax=1)
     axes.axhline(N - 1.5, color=ORANGE, linewidth=1)
-    axes.set(xlabel="looks at position", ylabel="position", title=f"Attention of head {head}")
+    axes.set(xlabel="looked at", ylabel="looking position", title=f"Attention of head {head}")
 guess.measured(back)
 assert back == N - 1
 assert np.mean(losses[-20:]) < 0.1
@@ -314,10 +324,10 @@ save_figure(figure, "06_copying")
 r"""
 ![A loss curve that falls to zero, and two attention maps with a stripe](figures/06_copying.png)
 
-Below the orange line, where there is something to predict, each head shows one bright stripe. It lies 11 positions
-back, not 12: the *next* symbol stood 12 before its own place, and its own place is one further on. The model found this
-with position embeddings and dot products, from nothing but the loss, in a hundred steps. Above the line the heads look
-anywhere; nothing there is rewarded.
+Below the orange line, where there is something to predict, the heads show a bright stripe. Position $t$ has to say
+symbol $t + 1$. Its first copy stands 12 before that, at $t + 1 - 12 = t - 11$: **11 back**, not 12. The model found
+this with position embeddings and dot products, from nothing but the loss, in a hundred steps. Above the line the heads
+look anywhere; nothing there is rewarded.
 
 This stripe knows one fixed distance. To copy from *any* distance takes two layers that work together; lesson 07
 shows how suddenly that is learnt.
@@ -344,7 +354,7 @@ check("06.1", None)  # your number in the place of None
 
 # %% [markdown]
 r"""
-**06.2** (25 minutes, ★★) The whole backward, for one head: `dy`, `q`, `k`, `v` are of shape (T, D). Compute P again,
+**06.2** (12 minutes, ★★) The whole backward, for one head: `dy`, `q`, `k`, `v` are of shape (T, D). Compute P again,
 then return `dq`, `dk` and `dv`.
 """
 
@@ -375,7 +385,7 @@ check("06.3", temperature_backward)
 # %% [markdown]
 r"""
 **06.4** (10 minutes, ★★) *To break.* This function masks with $-10^4$, which looks low enough. Find `q`, `k` and `v` of
-one shape (T, D) for which its result is wrong by more than 0.1. Give them as a tuple.
+one shape (T, D) for which some element of its result is wrong by more than 0.1. Give them as a tuple.
 """
 
 
@@ -396,5 +406,5 @@ r"""
 - Bahdanau, Cho and Bengio, *Neural Machine Translation by Jointly Learning to Align and Translate* (2015): where
   attention comes from.
 - Dao et al., *FlashAttention* (2022): the same function without the (T, T) array.
-- Olsson et al., *In-context Learning and Induction Heads* (2022): what becomes of the stripe in large models.
+- Olsson et al., *In-context Learning and Induction Heads* (2022): copying from a pattern in large models.
 """

@@ -14,7 +14,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tinylm import GPT, GPTConfig, no_grad, ops, random
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREY, ORANGE, save_figure
 from tinylm.optim import AdamW, clip_grad_norm_
 

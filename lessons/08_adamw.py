@@ -12,7 +12,7 @@ trains nearly every language model, and explain each of its numbers.
 import matplotlib.pyplot as plt
 import numpy as np
 
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREEN, GREY, ORANGE, save_figure
 from tinylm.optim import adamw
 

@@ -18,7 +18,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tinylm import GPT, GPTConfig, random
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREY, ORANGE, bounds, save_figure
 from tinylm.data import Markov
 from tinylm.optim import warmup_cosine

@@ -14,7 +14,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tinylm import GPT, GPTConfig, ops, random
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREY, ORANGE, save_figure
 from tinylm.data import Markov, get_batch
 from tinylm.optim import clip_grad_norm_

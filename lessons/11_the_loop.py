@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tinylm import GPT, GPTConfig, no_grad, ops, random
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREEN, ORANGE, RED, save_figure
 from tinylm.data import Markov, get_batch
 from tinylm.optim import AdamW, clip_grad_norm_, warmup_cosine

@@ -16,7 +16,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from tinylm import GPT, GPTConfig, no_grad, random
-from tinylm.coursework import check, predict
+from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREY, ORANGE, save_figure
 from tinylm.data import CharTokenizer, Sentences
 from tinylm.training import TrainConfig, TrainState, train
