@@ -4,7 +4,7 @@ r"""
 
 **Why is the loss one op, and not a softmax and a logarithm?**
 
-About 45 minutes. You need lesson 00 (finite differences). Afterwards you can derive the gradient that starts every
+About 55 minutes. You need lesson 00 (finite differences). Afterwards you can derive the gradient that starts every
 backward of a language model, and say what a first loss should be.
 """
 

@@ -82,7 +82,7 @@ for D in (4, 16, 64, 256):
         p = np.exp(s - s.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         print(f"{-(p * np.log(p + 1e-300)).sum(-1).mean():6.2f}", end="")
-    @@
+    print(f"   nats for D = {D}")
 
 # %% [markdown]
 r"""
@@ -254,8 +254,8 @@ The first half cannot be predicted. The second half can, by whoever looks back a
 attention could not do it at all, since each position would know its own symbol only. We train a GPT of *one* layer with
 two heads, and count only the loss in the second half, where perfect is 0 and guessing is $\ln 16 = 2.77$.
 
-**Predict** where the heads will look: the model is at a position in the second half and has to say the *next* symbol.
-How many positions back is the place where it should look?
+**Predict** where the heads will look once the first copy is over: the model is at some position and has to say the
+*next* symbol. How many positions back is the place where it should look?
 """
 
 # %%
@@ -336,8 +336,8 @@ shows how suddenly that is learnt.
 
 - **Mask before the softmax.** If you set weights to zero after it, the rows no longer sum to 1, and the future still
   has been counted in the denominator.
-- **$-\infty$, not a large number.** $-10^9$ is no float16 (the lowest is $-65504$), and $-10^4$ is not lower than every
-  score: exercise 06.4.
+- **$-\infty$, not $-10^4$ or $-10^9$.** $-10^9$ is no float16 (the lowest is $-65504$), and $-10^4$ is not lower than
+  every score: exercise 06.4. (`tinylm/composed.py` takes half of the dtype's lowest number, which no score comes near.)
 - **$\sqrt D$ of the head, not of the model.** With C = 128 and four heads the difference is a factor of 2.
 - **Memory.** $P$ has B H T² numbers, and backward needs it. For long T it is the largest array of the model.
   `tinylm/fused/` computes it a few rows at a time (and FlashAttention, on a GPU, without ever storing it).

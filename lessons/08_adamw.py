@@ -4,7 +4,7 @@ r"""
 
 **How far does AdamW move a weight, and why not just follow the gradient?**
 
-About 50 minutes. You need lesson 00 and the idea of gradient descent. Afterwards you can write the optimizer that
+About 60 minutes. You need lesson 00 and the idea of gradient descent. Afterwards you can write the optimizer that
 trains nearly every language model, and explain each of its numbers.
 """
 

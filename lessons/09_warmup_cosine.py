@@ -4,7 +4,7 @@ r"""
 
 **How large a step, when, and how does one find out?**
 
-About 40 minutes. You need lesson 08 (AdamW). Afterwards you can find a learning rate for a model of yours in a few
+About 50 minutes. You need lesson 08 (AdamW). Afterwards you can find a learning rate for a model of yours in a few
 minutes, and you know what a schedule buys.
 """
 

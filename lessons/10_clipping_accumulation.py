@@ -4,7 +4,7 @@ r"""
 
 **How can one step be kept from going too far, and be computed in pieces?**
 
-About 40 minutes. You need lesson 04 (gradients add up) and lesson 08 (AdamW). Afterwards you can write both in three
+About 50 minutes. You need lesson 04 (gradients add up) and lesson 08 (AdamW). Afterwards you can write both in three
 lines each, and you know which mistakes in them no loss curve shows.
 """
 

@@ -4,7 +4,7 @@ r"""
 
 **What must a run remember, so that it can be stopped and go on as if nothing had happened?**
 
-About 45 minutes. You need lessons 03, 08 and 10. Afterwards you can write a training loop that survives a power cut,
+About 55 minutes. You need lessons 03, 08 and 10. Afterwards you can write a training loop that survives a power cut,
 and you can prove that it does.
 """
 

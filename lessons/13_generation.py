@@ -4,7 +4,7 @@ r"""
 
 **How does a model write, and why does a cache make it faster without changing a letter?**
 
-About 45 minutes. You need lessons 06 and 07. Afterwards you can write temperature, top-k and top-p in a line each, and
+About 60 minutes. You need lessons 06 and 07. Afterwards you can write temperature, top-k and top-p in a line each, and
 a generator that computes each key once.
 """
 

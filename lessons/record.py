@@ -9,38 +9,71 @@ A lesson draws what was recorded, and runs one point of it again, which must lan
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from threadpoolctl import threadpool_limits
 
-from tinylm import GPT, GPTConfig, random
+from tinylm import GPT, GPTConfig, override, random
 from tinylm.data import Markov
+from tinylm.ops.layer_norm import LayerNorm
 from tinylm.training import TrainConfig, TrainState, train
 
 FOLDER = Path(__file__).parent / "recorded"
+LANGUAGE = Markov()
+TRAIN, FRESH = LANGUAGE.tokens(100_000, seed=1), LANGUAGE.tokens(5_000, seed=2)
 
 
-def rates():
+def final_loss(model: dict[str, Any], training: dict[str, Any], seed: int) -> float:
+    """Train a GPT; its loss on fresh text at the end."""
+    random.seed(seed)
+    state = TrainState(GPT(GPTConfig(**model)), TrainConfig(**training, seed=seed))
+    (*_, last) = train(state, TRAIN, FRESH)
+    assert last.val_loss is not None
+    return round(last.val_loss, 4)
+
+
+class Truncated(LayerNorm):
+    """Layer norm whose backward takes the mean and the variance for constants, as in lesson 05."""
+
+    def forward(self, x, weight, bias):
+        return super().forward(x, weight, bias)
+
+    def backward(self, dy):
+        xhat, rstd, weight = self.saved
+        return rstd * dy * weight, (dy * xhat).sum(axis=(0, 1)), dy.sum(axis=(0, 1))
+
+
+def truncated() -> dict[str, Any]:
+    """Lesson 05: the final loss with the right backward of layer norm, and with the truncated one."""
+    model = {"vocab_size": 8, "block_size": 32, "n_layer": 4, "n_head": 4, "n_embd": 32}
+    training = {"steps": 300, "batch_size": 16, "lr": 1e-2, "warmup": 30, "eval_every": 0}
+    losses: dict[str, list[float]] = {"right": [], "truncated": []}
+    for seed in range(5):
+        losses["right"].append(final_loss(model, training, seed))
+        with override(LayerNorm, Truncated):
+            losses["truncated"].append(final_loss(model, training, seed))
+        print(seed, losses["right"][-1], losses["truncated"][-1], flush=True)
+    return {"model": model, "training": training, "seeds": 5, **losses}
+
+
+def rates() -> dict[str, Any]:
     """Lesson 09: the final loss against the learning rate, with and without a warmup."""
     model = {"vocab_size": 8, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
-    config = {"steps": 300, "batch_size": 16, "eval_every": 0}
-    language = Markov()
-    train_tokens, fresh = language.tokens(100_000, seed=1), language.tokens(5_000, seed=2)
+    training = {"steps": 300, "batch_size": 16, "eval_every": 0}
     points = []
     for lr in (1e-3, 3e-3, 1e-2, 2e-2, 4e-2, 8e-2, 0.16):
         for warmup in (0, 30):
             for seed in (0, 1, 2):
-                random.seed(seed)
-                state = TrainState(GPT(GPTConfig(**model)), TrainConfig(**config, lr=lr, warmup=warmup, seed=seed))
-                (*_, last) = train(state, train_tokens, fresh)
-                points.append({"lr": lr, "warmup": warmup, "seed": seed, "loss": round(last.val_loss, 4)})
+                loss = final_loss(model, {**training, "lr": lr, "warmup": warmup}, seed)
+                points.append({"lr": lr, "warmup": warmup, "seed": seed, "loss": loss})
                 print(points[-1], flush=True)
-    return {"model": model, "training": config, "entropy": language.entropy, "points": points}
+    return {"model": model, "training": training, "entropy": LANGUAGE.entropy, "points": points}
 
 
-RECORDS = {"09_rates": rates}
+RECORDS = {"05_truncated": truncated, "09_rates": rates}
 
 
-def main():
+def main() -> None:
     wanted = sys.argv[1:]
     names = [name for name in RECORDS if not wanted or name[:2] in wanted]
     if not names:

@@ -183,6 +183,9 @@ def test_the_help_names_every_command(arguments, tmp_path):
         assert what in done.stdout
 
 
+COMMANDS = ", ".join(__main__.COMMANDS)
+
+
 @pytest.mark.parametrize("command", __main__.COMMANDS)
 def test_every_command_has_a_help(command, tmp_path):
     done = tell(command, "--help", cwd=tmp_path)
@@ -193,12 +196,9 @@ def test_every_command_has_a_help(command, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nonsense"], "tinylm: error: 'nonsense' is not a command; they are train, generate, prepare, report, probe"),
-        (
-            ["--nonsense"],
-            "tinylm: error: '--nonsense' is not a command; they are train, generate, prepare, report, probe",
-        ),
-        ([""], "tinylm: error: '' is not a command; they are train, generate, prepare, report, probe"),
+        (["nonsense"], f"tinylm: error: 'nonsense' is not a command; they are {COMMANDS}"),
+        (["--nonsense"], f"tinylm: error: '--nonsense' is not a command; they are {COMMANDS}"),
+        ([""], f"tinylm: error: '' is not a command; they are {COMMANDS}"),
         (["report"], "tinylm report: error: the following arguments are required: RUN"),
         (["report", "."], "tinylm report: error: . is not a run: it has no metrics.jsonl"),
         (["probe"], "tinylm probe: error: the following arguments are required: RUN"),

@@ -1,4 +1,4 @@
-"""The command `tinylm`: train, generate, prepare, report, probe, lessons.
+"""The command `tinylm`: train, estimate, generate, prepare, report, probe, lessons.
 
     tinylm train --data novel.txt
     tinylm report runs/novel
@@ -8,8 +8,8 @@
 
 import importlib.util
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from . import __version__, cli
 
@@ -24,23 +24,29 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _example(name: str) -> Callable[[], None]:
-    """The `main` of an example program. Raises FileNotFoundError if the installation lacks it."""
+def _example(name: str) -> Any:
+    """An example program, as a module. Raises FileNotFoundError if the installation lacks it."""
     path = _shipped(f"examples/{name}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     program = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(program)
-    return program.main
+    return program
 
 
 def _train() -> None:
-    _example("train_char.py")()
+    _example("train_char.py").main()
 
 
 def _generate() -> None:
-    _example("generate.py")()
+    _example("generate.py").main()
+
+
+def _estimate() -> None:
+    from .estimate import main
+
+    main(_example("train_char.py"))
 
 
 def _prepare() -> None:
@@ -69,6 +75,7 @@ def _lessons() -> None:
 
 COMMANDS = {
     "train": (_train, "train a GPT on a text"),
+    "estimate": (_estimate, "predict what a training run will take"),
     "generate": (_generate, "write with a trained model"),
     "prepare": (_prepare, "turn texts of any size into tokens on disk"),
     "report": (_report, "draw training runs as one HTML page"),
