@@ -1,5 +1,6 @@
 """The questions and the checker: right answers pass, each usual mistake is refused and named, nothing else happens."""
 
+import copy
 import inspect
 import json
 
@@ -87,14 +88,14 @@ def test_mistakes_that_any_function_may_have(question):
         lambda y: np.asarray(y)[None]: "has shape",
         lambda y: "text": "not an array of real numbers",
         lambda y: np.asarray(y) + 1j: "not an array of real numbers",
-        lambda y: np.asarray(y, np.float16): "to three digits only",
+        lambda y: np.asarray(y, np.float16): "to 3 digits only",
     }.items():
         outputs = [a for outputs in question.run(question.answer) for a in outputs]
         if "digits" in told and all((a == a.astype(np.float16)).all() for a in outputs):
             continue  # small whole numbers, which float16 holds
         verdict = question.examine(but(change))
         assert not verdict.passed
-        named = verdict.mistakes or "three digits" in verdict.message or "is zero" in verdict.message
+        named = verdict.mistakes or "digits" in verdict.message or "is zero" in verdict.message
         assert told in verdict.message or named or "should be" in verdict.message, verdict.message
         if told.startswith("not an") or told == "has shape":
             assert told in verdict.message
@@ -155,6 +156,18 @@ def test_the_cases_are_the_same_each_time_and_all_float64(question):
                 np.testing.assert_array_equal(x, y)
                 assert x.dtype in (np.float64, np.int64, bool)
     assert len(first) >= 2
+
+
+@pytest.mark.parametrize("question", FUNCTIONS)
+def test_every_argument_counts(question):
+    """Otherwise a function that ignores one of them, and takes a usual value for it, would pass."""
+    _, first = question.inputs()[0]
+    for k, name in enumerate(inspect.signature(question.answer).parameters):
+
+        def fixed(*args, k=k):
+            return question.answer(*args[:k], copy.deepcopy(first[k]), *args[k + 1 :])
+
+        assert not question.examine(fixed).passed, name
 
 
 @pytest.mark.parametrize("question", [q for q in QUESTIONS.values() if isinstance(q, Break)], ids=lambda q: q.name)

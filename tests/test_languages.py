@@ -32,6 +32,17 @@ def test_a_text_depends_on_its_seed_alone():
     assert Sentences().text(60, seed=1) == "my cat that sees the old bird sleeps. the child waits. my ch"
 
 
+def test_texts_without_tokens_and_languages_without_choices():
+    assert Markov().tokens(0).shape == (0,)
+    assert Markov().tokens(1).shape == (1,)
+    assert Sentences().text(0) == ""
+    with pytest.raises(ValueError, match="no -1 tokens"):
+        Markov().tokens(-1)
+    for V, choices in ((8, 0), (3, 4), (0, 0)):
+        with pytest.raises(ValueError, match="1 to V choices"):
+            Markov(V, choices)
+
+
 FIRST = [7, 4, 1, 5, 6, 0, 4, 5, 1, 6, 7, 5]
 
 

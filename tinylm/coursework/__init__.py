@@ -39,7 +39,8 @@ def find(name: str) -> Question:
 def check(name: str, answer: Any) -> None:
     """Judge an answer to a question, and print one line if it is right, or what is wrong with it.
 
-    An exercise that is not done yet says so, and the lesson goes on.
+    An exercise that is not done yet says so. Whatever a function does, the lesson goes on; only one that takes too long
+    you must interrupt yourself, with Ctrl-C.
     """
     message = find(name).examine(answer).message
     print(textwrap.indent(f"{name}: {message}", " " * (len(name) + 2)).strip())

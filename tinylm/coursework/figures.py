@@ -18,18 +18,21 @@ BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#6
 def save_figure(figure: Union["Figure", Picture], name: str) -> None:
     """Save a figure as figures/NAME.png, a drawn graph as figures/NAME.svg, beside the file that calls this.
 
-    In a notebook the folder is in the current one.
+    In a notebook the folder is in the current one. If it cannot be written, this says so, and the lesson goes on.
     """
     caller = sys._getframe(1).f_globals.get("__file__")
     folder = (Path(caller).parent if caller else Path()) / "figures"
-    folder.mkdir(exist_ok=True)
-    if isinstance(figure, Picture):
-        path = folder / f"{name}.svg"
-        figure.save(path)
-    else:
-        path = folder / f"{name}.png"
-        figure.savefig(path, dpi=120, bbox_inches="tight")
-    print(f"picture: {folder.name}/{path.name}")
+    try:
+        folder.mkdir(exist_ok=True)
+        if isinstance(figure, Picture):
+            path = folder / f"{name}.svg"
+            figure.save(path)
+        else:
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=120, bbox_inches="tight")
+        print(f"picture: {folder.name}/{path.name}")
+    except OSError as error:
+        print(f"picture {name} is not saved: {error}")
 
 
 def bounds(axes: "Axes", V: int, entropy: float) -> None:

@@ -1,6 +1,7 @@
 """The command `tinylm lessons`: lists the lessons, or copies them into a folder to work in."""
 
 import re
+import shlex
 import shutil
 from pathlib import Path
 from typing import NamedTuple
@@ -41,8 +42,10 @@ def main(folder: Path) -> None:
     start = commands.add_parser("start", help="copy the lessons into a new folder")
     start.add_argument("folder", metavar="DIR", help="a folder that does not exist yet, or is empty")
     args = parser.parse_args()
+    with parser.mistakes():  # a file that somebody put there
+        found = lessons(folder)
     if args.command is None:
-        for lesson in lessons(folder):
+        for lesson in found:
             print(f"{lesson.number}  {lesson.title:28} {lesson.minutes:3} min  {lesson.question}")
         print(f"\nThey are in {folder}. `tinylm lessons start DIR` copies them into DIR, to work in.")
         return
@@ -54,5 +57,4 @@ def main(folder: Path) -> None:
         copy = there / path.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
-    first = lessons(there)[0].path
-    print(f"The lessons are in {there}. Begin with: python {first}")
+    print(f"The lessons are in {there}. Begin with: python {shlex.quote(str(there / found[0].path.name))}")

@@ -1,12 +1,17 @@
 """Predictions: a guess before a result is known, kept in a file beside the lessons."""
 
+import fcntl
 import json
+import math
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
-from .compare import describe, number
+from .values import describe, number
 
 FILE = "predictions.json"
 
@@ -18,11 +23,14 @@ class Prediction:
         self.name, self.what, self.guess, self.path = name, what, guess, path
 
     def measured(self, value: float, digits: int = 3) -> None:
-        """Print the result beside the guess, and write both down."""
-        value = float(value)
+        """Print the result beside the guess, and write both down. Raises TypeError for what is not a number."""
+        known = number(value)
+        if known is None:
+            raise TypeError(f"prediction {self.name} is measured by a number, not by {describe(value)}")
+        value = known
         if self.guess is None:
             told = "you made no prediction"
-        elif self.guess == value or not value:
+        elif self.guess == value or not value or not math.isfinite(value):
             told = f"you predicted {self.guess:.{digits}g}"
         else:
             off = abs(self.guess - value) / abs(value)
@@ -32,12 +40,27 @@ class Prediction:
 
     def record(self, **more: Any) -> None:
         """Write the guess down, and what is known by now. A file that cannot be written or read is left as it is."""
+        entry = {"what": self.what, "predicted": self.guess, **more}
+        # JSON has no nan and no inf: a diverged loss is written as the text "nan".
+        entry = {key: str(x) if isinstance(x, float) and not math.isfinite(x) else x for key, x in entry.items()}
         try:
-            known = read(self.path)
-            known[self.name] = {"what": self.what, "predicted": self.guess, **more}
-            write_whole(self.path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")
+            with locked(self.path.parent):
+                known = {**read(self.path), self.name: entry}
+                write_whole(self.path, json.dumps(dict(sorted(known.items())), indent=1) + "\n")
         except (OSError, ValueError) as error:
             print(f"prediction {self.name} is not written down: {error}")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Inside, no other process is: of two lessons that run at once, each keeps what the other wrote."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # and so unlocks
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
@@ -46,7 +69,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
         known = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError:
+    except (ValueError, RecursionError):
         known = None
     if not isinstance(known, dict) or not all(isinstance(entry, dict) for entry in known.values()):
         raise ValueError(f"{path} is not a file of predictions; move it away")

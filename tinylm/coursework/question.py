@@ -19,8 +19,8 @@ these, so that the student reads which mistake it looks like. There are three ki
     def _(dy, x, w, eps): ...
 """
 
+import copy
 import inspect
-import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,10 +29,29 @@ from typing import Any
 import numpy as np
 
 from .. import random
-from ..tensor import Tensor
-from .compare import Comparison, describe, number
+from ..cli import Stopped
+from .compare import Comparison, difference, size
+from .values import (
+    as_input,
+    describe,
+    describe_argument,
+    empty,
+    fits,
+    number,
+    one_line,
+    raised_by_student,
+    real_array,
+    signature_of,
+    told,
+    unchanged,
+)
+
+MOST = 10**6  # elements: an output that has more is wrong, and is not looked at
 
 QUESTIONS: dict[str, "Question"] = {}
+
+
+Outputs = tuple[np.ndarray | None, ...]  # None: not done yet
 
 
 @dataclass(frozen=True)
@@ -80,26 +99,39 @@ class Question:
         return register
 
     def examine(self, answer: Any) -> Verdict:
-        """Judge an answer. Whatever a student's function does, this returns: only KeyboardInterrupt passes."""
-        if _empty(answer):
-            return self.not_done()
-        with np.errstate(all="ignore"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return self.judge(answer)
+        """Judge an answer. Whatever it does, this returns a verdict: only Ctrl-C and signals that end the program pass.
+
+        A function that never ends is not interrupted: Ctrl-C does that (in a notebook, "interrupt").
+        """
+        try:
+            if empty(answer):
+                return self.not_done()
+            with np.errstate(all="ignore"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return self.judge(answer)
+        except (KeyboardInterrupt, Stopped):
+            raise
+        except BaseException as error:  # an answer that fails when it is merely looked at
+            return Verdict(f"this cannot be judged: {told(error)}")
 
     def judge(self, answer: Any) -> Verdict:
         raise NotImplementedError
 
-    def not_done(self) -> Verdict:
-        return Verdict(f'not done yet: {self.title} ({self.minutes} minutes). hint("{self.name}") helps.', done=False)
+    def not_done(self, why: str = "") -> Verdict:
+        return Verdict(
+            f'not done yet{why}: {self.title} ({self.minutes} minutes). hint("{self.name}") helps.', done=False
+        )
 
 
 class Function(Question):
-    """Write a function. `returns` names its outputs; `rtol` is relative to an output's largest element."""
+    """Write a function. `returns` names its outputs; `rtol` is relative to an output's largest element.
+
+    Right answers of another form agree to 12 digits or so. The default `rtol` lets them pass, and no float32.
+    """
 
     answer: Callable[..., Any]
 
-    def __init__(self, *args: Any, returns: str | Sequence[str], rtol: float = 1e-6, **more: Any):
+    def __init__(self, *args: Any, returns: str | Sequence[str], rtol: float = 1e-9, **more: Any):
         super().__init__(*args, **more)
         self.returns = (returns,) if isinstance(returns, str) else tuple(returns)
         self.rtol = rtol
@@ -125,80 +157,92 @@ class Function(Question):
         if not callable(answer):
             return Verdict(f"this is answered by a function, {call}, not by {describe(answer)}")
         cases = self.inputs()
-        try:
-            inspect.signature(answer).bind(*cases[0][1])
-        except TypeError:
-            mine = f"{getattr(answer, '__name__', 'your function')}{inspect.signature(answer)}"
-            return Verdict(f"the function is called as {call}, and yours is {mine}")
-        except ValueError:  # one without a signature
-            pass
-        results: list[tuple[np.ndarray, ...]] = []
+        if (mine := signature_of(answer)) is not None and not fits(mine, signature, cases[0][1]):
+            return Verdict(f"the function is called as {call}, and yours takes {one_line(str(mine))}")
+        results: list[Outputs] = []
         for case, args in cases:
-            given = [a.copy() if isinstance(a, np.ndarray) else a for a in args]
-            described = [f"{name} {describe(a)}" for name, a in zip(signature.parameters, args, strict=True)]
-            where = f"On {case} ({', '.join(described)})"
+            given = copy.deepcopy(args)
+            where = f"On {case} ({', '.join(map(describe_argument, signature.parameters, args))})"
             try:
                 result = answer(*given)
-            except NotImplementedError:
-                return self.not_done()
-            except Exception as error:
-                return Verdict(f"{where} your function raises {_told(error)}")
-            if _empty(result) and not results:
-                return self.not_done()
+            except (KeyboardInterrupt, Stopped):
+                raise
+            except BaseException as error:
+                if isinstance(error, NotImplementedError) and not results and raised_by_student(error):
+                    return self.not_done()
+                return Verdict(f"{where} your function raises {told(error)}")
+            if empty(result) and not results:
+                return self.not_done(" (your function returns None)")
             outputs = self.outputs(result)
             if isinstance(outputs, str):
                 return Verdict(f"{where} {outputs}")
             for name, a, b in zip(signature.parameters, given, args, strict=True):
-                if isinstance(a, np.ndarray) and not np.array_equal(a, b, equal_nan=True):
+                if not unchanged(a, b):
                     return Verdict(f"{where} your function changes its argument {name}: work on a copy")
             results.append(outputs)
         return self.compare([case for case, _ in cases], results)
 
-    def outputs(self, result: Any) -> tuple[np.ndarray, ...] | str:
-        """The arrays that a function returned, or what is wrong with them."""
+    def outputs(self, result: Any) -> Outputs | str:
+        """The outputs that a function returned, as arrays of float64, or what is wrong with them.
+
+        They are copies: a function may write into the same memory at its next call. One of several may be None.
+        """
         n = len(self.returns)
-        if n > 1 and not (isinstance(result, tuple | list) and len(result) == n):
+        several = isinstance(result, tuple | list) or (isinstance(result, np.ndarray) and result.ndim > 0)
+        parts = (result,) if n == 1 else tuple(result) if several and len(result) == n else None
+        if parts is None:
             return f"your function returns {describe(result)}, and not {n} results: {', '.join(self.returns)}"
-        found = []
-        for name, a in zip(self.returns, result if n > 1 else (result,), strict=True):
-            a = a.data if isinstance(a, Tensor) else a
-            try:
-                array = np.asarray(a)
-            except ValueError:
-                array = np.asarray(None)
-            if array.dtype.kind not in "fiub":
+        found: list[np.ndarray | None] = []
+        for name, a in zip(self.returns, parts, strict=True):
+            if n > 1 and empty(a):
+                found.append(None)
+            elif (array := real_array(a)) is None:
                 return f"{name} is {describe(a)}, and not an array of real numbers"
-            found.append(array)
+            elif array.size > MOST:
+                return f"{name} has shape {array.shape}, which is far too large"
+            else:
+                found.append(np.array(array, np.float64))
         return tuple(found)
 
-    def run(self, function: Callable[..., Any]) -> list[tuple[np.ndarray, ...]]:
+    def run(self, function: Callable[..., Any]) -> list[Any]:
         """The outputs of one of the catalogue's own functions, on copies of all cases."""
-        results: list[tuple[np.ndarray, ...]] = []
+        results = []
         for _, args in self.inputs():
-            outputs = self.outputs(function(*(a.copy() if isinstance(a, np.ndarray) else a for a in args)))
+            outputs = self.outputs(function(*copy.deepcopy(args)))
             assert not isinstance(outputs, str), f"{self.name}: {outputs}"
             results.append(outputs)
         return results
 
-    def compare(self, cases: Sequence[str], results: Sequence[tuple[np.ndarray, ...]]) -> Verdict:
+    def compare(self, cases: Sequence[str], results: Sequence[Outputs]) -> Verdict:
         expected = self.run(self.answer)
-        known = [(wrong, self.run(wrong.answer)) for wrong in self.wrongs]
-        right, lines, mistakes = [], [], []
+        known = [(each, self.run(each.answer)) for each in self.wrongs]
+        right, missing, lines, mistakes = [], [], [], []
+        wrong: dict[int, Comparison] = {}
         for k, name in enumerate(self.returns):
-            got = Comparison(name, cases, [r[k] for r in results], [r[k] for r in expected], self.rtol)
-            if got.right:
+            mine = [a for r in results if (a := r[k]) is not None]
+            if len(mine) < len(results):
+                missing.append(name)
+            elif (got := Comparison(name, cases, mine, [r[k] for r in expected], self.rtol)).right:
                 right.append(name)
-                continue
-            named = [wrong for wrong, theirs in known if got.equals([r[k] for r in theirs])]
-            if named:
+            else:
+                wrong[k] = got
+        for k, got in wrong.items():
+            name = self.returns[k]
+            exchanged = [other.name for other in wrong.values() if got.equals(other.want)]
+            named = [each for each, theirs in known if got.equals([r[k] for r in theirs])]
+            if exchanged:
+                lines.append(f"{name} is what {exchanged[0]} should be: return {', '.join(self.returns)}.")
+            elif named:
                 mistakes.append(named[0].name)
                 lines.append(f"{name} looks like: {named[0].name}. {named[0].tells}")
             elif generic := got.generic():
                 lines.append(generic)
             lines.append(got.first())
+        if missing:
+            lines.append(f"{_are(missing)} not done yet.")
         if not lines:
             return Verdict(f"right, on {len(cases)} inputs", passed=True)
-        head = "not right yet" + f" ({' and '.join(right)} {'is' if len(right) == 1 else 'are'} right)" * bool(right)
+        head = "not right yet" + f" ({_are(right)} right)" * bool(right)
         return Verdict("\n".join([f"{head}.", *lines]), mistakes=tuple(dict.fromkeys(mistakes)))
 
 
@@ -222,11 +266,14 @@ class Number(Question):
         return Verdict(f"not right yet: {value:g} is {side}.")
 
     def agrees(self, a: float, b: float) -> bool:
-        return bool(abs(a - b) <= self.rtol * abs(b) or a == b)
+        return abs(a - b) <= self.rtol * abs(b)
 
 
 class Break(Question):
-    """Find an input on which the `given` function, which is wrong, differs from the right one by more than `by`."""
+    """Find an input on which the `given` function, which is wrong, differs from the right one by more than `by`.
+
+    Differences below a millionth of the largest element do not count: they are rounding.
+    """
 
     answer: Callable[..., Any]  # the right function
     given: Callable[..., Any]
@@ -254,18 +301,23 @@ class Break(Question):
 
     def judge(self, answer: Any) -> Verdict:
         args = answer if isinstance(answer, tuple) else (answer,)
-        args = tuple(a.data if isinstance(a, Tensor) else a for a in args)
         try:
             if self.arrays:
-                args = tuple(np.asarray(a, np.float64) if np.shape(a) else a for a in args)
+                args = tuple(map(as_input, args))
             inspect.signature(self.answer).bind(*args)
             problem = self.problem(*args)
         except Exception:  # it is nothing that the functions take
             problem = f"it is {describe(answer)}"
+        if not problem:
+            try:
+                want, got = (np.asarray(f(*copy.deepcopy(args)), np.float64) for f in (self.answer, self.given))
+                if np.isnan(want).any():
+                    problem = "the right function gives NaN there"
+            except Exception as error:  # it is too large for memory
+                problem = f"the functions fail there ({type(error).__name__})"
         if problem:
             return Verdict(f"not a fair input, {problem}. Give {self.takes}.")
-        want, got = np.asarray(self.answer(*args)), np.asarray(self.given(*args))
-        if not (np.abs(got - want) <= self.by).all():  # NaN breaks it too
+        if got.shape != want.shape or (difference(got, want) > max(self.by, 1e-6 * size(want))).any():
             comparison = Comparison("the result", ["this input"], [got], [want], rtol=0)
             return Verdict(f"right, it breaks there. {comparison.first()}", passed=True)
         for wrong in self.wrongs:
@@ -274,16 +326,6 @@ class Break(Question):
         return Verdict("not right yet: the given function is right there (or nearly so).")
 
 
-def _empty(answer: Any) -> bool:
-    """Whether nothing was filled in: None or ..., or a tuple of these."""
-    if isinstance(answer, tuple) and answer:
-        return all(map(_empty, answer))
-    return answer is None or answer is Ellipsis
-
-
-def _told(error: Exception) -> str:
-    """An exception in one line, with the line of the student's code that raised it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-    place = f" (line {frames[0].lineno}: {frames[0].line})" if frames and frames[0].line else ""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}{': ' * bool(text)}{text}{place}"
+def _are(names: Sequence[str]) -> str:
+    """ "dx is", "dx and dw are"."""
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"

@@ -17,9 +17,12 @@ class Markov:
     """A language of `V` symbols: the next one depends on the two before it, and is one of `choices`.
 
     The probabilities are drawn once, from `seed`: p[a, b, c] is that of c after a, b. `entropy` is in nats a token.
+    Raises ValueError unless 1 <= choices <= V.
     """
 
     def __init__(self, V: int = 8, choices: int = 3, seed: int = 0):
+        if not 1 <= choices <= V:
+            raise ValueError(f"a Markov language of V = {V} symbols has 1 to V choices, not {choices}")
         rng = random.generator(seed)
         weight = -np.log(1 - rng.random((V, V, V)))  # exponential: normalised, they are uniform over the simplex
         weight[rng.random((V, V, V)).argsort(axis=2) >= choices] = 0
@@ -32,14 +35,17 @@ class Markov:
         self.entropy = float(-(pair[:, :, None] * self.p * log).sum())
 
     def tokens(self, n: int, seed: int = 0) -> np.ndarray:
-        """`n` tokens (n,) of the language, int64; other seeds give other text."""
+        """`n` tokens (n,) of the language, int64; other seeds give other text. Raises ValueError for n < 0."""
+        if n < 0:
+            raise ValueError(f"a text has no {n} tokens")
         # The first place where the cumulative probability exceeds a uniform number. Rounding must not leave the last.
-        cumulative = self.p.cumsum(axis=2) / self.p.sum(axis=2, keepdims=True)
+        cumulative = self.p.cumsum(axis=2)
+        cumulative /= cumulative[:, :, -1:]
         uniform = random.generator(seed, n).random(n + 100)  # the first 100 tokens are dropped: a start that is typical
         tokens = [0, 0]
         for u in uniform:
             tokens.append(int(np.searchsorted(cumulative[tokens[-2], tokens[-1]], u, side="right")))
-        return np.array(tokens[-n:])
+        return np.array(tokens[len(tokens) - n :])
 
 
 class Sentences:

@@ -18,7 +18,6 @@ q1 = Function(
     minutes=5,
     difficulty=1,
     returns="the slope",
-    rtol=1e-6,
     hints=(
         "You need f at two places, h to the right of x and h to the left of it.",
         "How far apart are these two places?",
@@ -58,6 +57,21 @@ def _(f, x, h):
 @q1.wrong("a missing pair of brackets", "In Python a / 2 * h is (a / 2) * h. Write a / (2 * h).")
 def _(f, x, h):
     return (f(x + h) - f(x - h)) / 2 * h
+
+
+@q1.wrong("a missing pair of brackets", "In Python a - b / c is a - (b / c). Write (a - b) / c.")
+def _(f, x, h):
+    return f(x + h) - f(x - h) / (2 * h)
+
+
+@q1.wrong("half the step", "This is a central difference with the step h / 2: take f at x - h and at x + h.")
+def _(f, x, h):
+    return (f(x + h / 2) - f(x - h / 2)) / h
+
+
+@q1.wrong("half of a one-sided difference", "It takes f at x and at x + h, which are h apart, and divides by 2 h.")
+def _(f, x, h):
+    return (f(x + h) - f(x)) / (2 * h)
 
 
 # --- 00.2 -----------------------------------------------------------------------------------------------------------
@@ -118,6 +132,18 @@ def _(dy, x):
     return dy * (s + x * s * s)
 
 
+@q2.wrong("a sign in the product rule", "ds/dx is + s (1 - s): the minus of exp(-x) meets that of the quotient rule.")
+def _(dy, x):
+    s = sigmoid(x)
+    return dy * (s - x * s * (1 - s))
+
+
+@q2.wrong("x is missing", "The second term is x times ds/dx: x s (1 - s).")
+def _(dy, x):
+    s = sigmoid(x)
+    return dy * (s + s * (1 - s))
+
+
 # --- 00.3 -----------------------------------------------------------------------------------------------------------
 
 q3 = Function(
@@ -126,7 +152,6 @@ q3 = Function(
     minutes=15,
     difficulty=2,
     returns=("numeric", "analytic"),
-    rtol=1e-5,
     hints=(
         "Along the line x + t u the loss is a function of one number t. Its slope at t = 0 is what you want.",
         "By the chain rule this slope is the sum over all elements of gradient times direction.",
@@ -144,9 +169,12 @@ def along(L, x, dx, u, h):
 @q3.cases
 def _(normal):
     x, a = normal(3, 4), normal(3, 4)
-    yield "a linear loss", (lambda x: (a * x).sum(), x, a, normal(3, 4), 1e-4)
-    yield "a sum of squares", (lambda x: (x * x).sum(), x, 2 * x, normal(3, 4), 1e-4)
-    yield "a direction that is not of length 1", (lambda x: np.sin(x).sum(), x, np.cos(x), 3 * normal(3, 4), 1e-4)
+    yield "a linear loss", (lambda x: (a * x).sum(), x, a, normal(3, 4), 1e-2)
+    x = normal(3, 4)
+    # The step is so large that the two numbers differ, and the last gradient is wrong: each is judged by itself.
+    yield "sin, with h = 0.1", (lambda x: np.sin(x).sum(), x, np.cos(x), 3 * normal(3, 4), 0.1)
+    x = normal(3, 4)
+    yield "a sum of squares whose dx is wrong", (lambda x: (x * x).sum(), x, x, normal(3, 4), 1e-3)
 
 
 @q3.wrong("a direction of length 1", "You divide u by its length. Then the slope belongs to another direction.")
@@ -155,7 +183,7 @@ def _(L, x, dx, u, h):
     return (L(x + h * u) - L(x - h * u)) / (2 * h), (dx * u).sum()
 
 
-@q3.wrong("all elements moved alike", "x + h moves every element by h; the direction u says how far each one moves.")
+@q3.wrong("all elements moved alike", "The direction u says how far each element moves; here each one moves by h.")
 def _(L, x, dx, u, h):
     return (L(x + h) - L(x - h)) / (2 * h), dx.sum()
 
@@ -168,6 +196,23 @@ def _(L, x, dx, u, h):
 @q3.wrong("divided by h", "From x - h u to x + h u it is 2 h.")
 def _(L, x, dx, u, h):
     return (L(x + h * u) - L(x - h * u)) / h, (dx * u).sum()
+
+
+@q3.wrong("a one-sided difference", "It takes L at x itself; a central difference takes it on both sides.")
+def _(L, x, dx, u, h):
+    return (L(x + h * u) - L(x)) / h, (dx * u).sum()
+
+
+@q3.wrong("the other of the two numbers", "numeric takes two calls of L; analytic takes dx and u alone.")
+def _(L, x, dx, u, h):
+    numeric, _ = along(L, x, dx, u, h)
+    return numeric, numeric
+
+
+@q3.wrong("the other of the two numbers", "numeric takes two calls of L; analytic takes dx and u alone.")
+def _(L, x, dx, u, h):
+    _, analytic = along(L, x, dx, u, h)
+    return analytic, analytic
 
 
 # --- 00.4 -----------------------------------------------------------------------------------------------------------
@@ -189,7 +234,7 @@ q4 = Break(
 
 @q4.right
 def _(x):
-    return silu_backward(np.ones(1), np.array([x]))
+    return silu_backward(np.ones(1), np.array([x], np.float64))
 
 
 @q4.breaks
@@ -208,4 +253,4 @@ def _(x):
 q4.example = 800.0
 q4.wrong("a number of usual size", "Of such numbers the check has tried thousands.", when=lambda x: abs(x) < 100)(3.0)
 q4.wrong("very negative", "There exp(x) is 0 and so is s, which is right.", when=lambda x: x < -100)(-1000.0)
-q4.wrong("not large enough", "exp(x) still fits into float64.", when=lambda x: 100 <= x < 709)(500.0)
+q4.wrong("not large enough", "exp(x) still fits into float64.", when=lambda x: x >= 100)(500.0)

@@ -43,7 +43,7 @@ q2 = Function(
 
 
 @q2.reference
-def batch(tokens, starts, T):
+def inputs_and_targets(tokens, starts, T):
     windows = tokens[starts[:, None] + np.arange(T + 1)]
     return windows[:, :-1], windows[:, 1:]
 
@@ -52,37 +52,38 @@ def batch(tokens, starts, T):
 def _(normal):
     tokens = np.argsort(normal(40))
     yield "two sequences", (tokens, np.array([3, 20]), 6)
+    tokens = np.argsort(normal(40))
     yield "a sequence that ends with the text", (tokens, np.array([33, 0, 17]), 6)
     yield "sequences of one token", (tokens, np.array([5, 38]), 1)
 
 
 @q2.wrong("targets equal to inputs", "The target is the *next* token; a model would learn to copy.")
 def _(tokens, starts, T):
-    x, _ = batch(tokens, starts, T)
+    x, _ = inputs_and_targets(tokens, starts, T)
     return x, x
 
 
 @q2.wrong("the token before", "The target is the token after the input, not the one before it.")
 def _(tokens, starts, T):
-    x, _ = batch(tokens, starts, T)
+    x, _ = inputs_and_targets(tokens, starts, T)
     return x, tokens[starts[:, None] + np.arange(T) - 1]
 
 
 @q2.wrong("two tokens ahead", "The target is the token just after the input.")
 def _(tokens, starts, T):
-    x, _ = batch(tokens, starts, T)
+    x, _ = inputs_and_targets(tokens, starts, T)
     return x, tokens[(starts[:, None] + np.arange(T) + 2) % len(tokens)]
 
 
 @q2.wrong("rolled within the window", "The last target is the token after the window's inputs, not the first of them.")
 def _(tokens, starts, T):
-    x, _ = batch(tokens, starts, T)
+    x, _ = inputs_and_targets(tokens, starts, T)
     return x, np.roll(x, -1, axis=1)
 
 
 @q2.wrong("only the last target", "Every position has a target: y has x's shape.")
 def _(tokens, starts, T):
-    x, y = batch(tokens, starts, T)
+    x, y = inputs_and_targets(tokens, starts, T)
     return x, y[:, -1]
 
 
@@ -94,7 +95,7 @@ def _(tokens, starts, T):
 
 @q2.wrong("transposed", "One sequence is one row: (B, T).")
 def _(tokens, starts, T):
-    return tuple(a.T for a in batch(tokens, starts, T))
+    return tuple(a.T for a in inputs_and_targets(tokens, starts, T))
 
 
 # --- 03.3 -----------------------------------------------------------------------------------------------------------
@@ -105,6 +106,7 @@ q3 = Function(
     minutes=20,
     difficulty=3,
     returns="H",
+    rtol=1e-6,  # pi may come from an iteration
     hints=(
         "After symbol a the surprise is, on average, -sum(p[a] ln p[a]). How often does the text stand at a?",
         "The shares pi of the symbols do not change from one place to the next: pi[b] = sum of pi[a] p[a, b]. "

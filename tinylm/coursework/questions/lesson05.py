@@ -33,6 +33,7 @@ q1 = Number(
 )
 q1.wrong("the square of the length", "The sum of the squares is 64; the length is its root.")(64.0)
 q1.wrong("the standard deviation", "The root of the *mean* of the squares is 1; the length is that of the sum.")(1.0)
+q1.wrong("the mean of the row", "The mean is 0; the length is the root of the sum of the squares.")(0.0)
 q1.wrong("divided by C - 1", "Layer norm divides by C, the number of channels, not by C - 1.")(63**0.5)
 
 
@@ -65,7 +66,7 @@ def layer_norm_backward(dy, x, w, eps):
 @q2.cases
 def _(normal):
     yield "a few rows", (normal(4, 5), normal(4, 5), normal(5), 1e-5)
-    yield "a batch of sequences", (normal(2, 3, 7), 2 + normal(2, 3, 7), normal(7), 1e-5)
+    yield "a batch of sequences, with eps = 0.1", (normal(2, 3, 7), 2 + normal(2, 3, 7), normal(7), 0.1)
     yield "rows that hardly vary", (normal(3, 6), 1 + 1e-3 * normal(3, 6), normal(6), 1e-5)
 
 
@@ -129,6 +130,34 @@ q2.wrong("eps outside the root", "rstd is 1 / sqrt(var + eps), and not 1 / (sqrt
 q2.wrong("divided by C - 1", "The variance divides by C; NumPy's ddof=1 and PyTorch's var() divide by C - 1.")(
     _changed(dx=_formula, dw=lambda dy, xhat, rows: (dy * xhat).sum(axis=rows), xhat=_sample_variance)
 )
+q2.wrong("w twice", "g = dy w holds w already: do not multiply by w again.")(
+    lambda dy, x, w, eps: (
+        layer_norm_backward(dy, x, w, eps)[0] * w,
+        *layer_norm_backward(dy, x, w, eps)[1:],
+    )
+)
+q2.wrong("x - mean in the place of xhat", "The third term is xhat mean(g xhat), and xhat is (x - mean) rstd.")(
+    _changed(dx=lambda g, xhat, rstd: _formula(g, xhat / rstd, 1.0) * rstd)
+)
+q2.wrong("eps is missing", "rstd is 1 / sqrt(var + eps), with the eps that the function is given.")(
+    _changed(dx=_formula, dw=lambda dy, xhat, rows: (dy * xhat).sum(axis=rows), xhat=lambda x, eps: normalised(x, 0))
+)
+q2.wrong("another eps", "eps is an argument: here it is always 1e-5.")(
+    _changed(dx=_formula, dw=lambda dy, xhat, rows: (dy * xhat).sum(axis=rows), xhat=lambda x, eps: normalised(x, 1e-5))
+)
+q2.wrong("x in the place of xhat", "In y = xhat w + b, w[c] is multiplied by xhat[c].")(
+    lambda dy, x, w, eps: (
+        layer_norm_backward(dy, x, w, eps)[0],
+        (dy * x).sum(axis=tuple(range(x.ndim - 1))),
+        layer_norm_backward(dy, x, w, eps)[2],
+    )
+)
+q2.wrong("w in the gradient of w", "w[c] is multiplied by xhat[c]; its gradient holds dy xhat, without w.")(
+    lambda dy, x, w, eps: (
+        layer_norm_backward(dy, x, w, eps)[0],
+        *layer_norm_backward(dy * w, x, w, eps)[1:],
+    )
+)
 q2.wrong("not summed over the rows", "w and b have C elements each and serve every row: add up over all rows.")(
     _changed(dw=lambda dy, xhat, rows: dy * xhat, db=lambda dy, rows: dy)
 )
@@ -176,7 +205,7 @@ def rms_norm_backward(dy, x, w, eps):
 @q3.cases
 def _(normal):
     yield "a few rows", (normal(4, 5), normal(4, 5), normal(5), 1e-5)
-    yield "a batch of sequences", (normal(2, 3, 7), 2 + normal(2, 3, 7), normal(7), 1e-5)
+    yield "a batch of sequences, with eps = 0.1", (normal(2, 3, 7), 2 + normal(2, 3, 7), normal(7), 0.1)
     yield "rows of small numbers", (normal(3, 6), 1e-3 * normal(3, 6), normal(6), 1e-5)
 
 
@@ -214,6 +243,32 @@ def _(dy, x, w, eps):
     r = 1 / (np.sqrt(mean(x * x)) + eps)
     g = dy * w
     return r * (g - x * r * mean(g * x * r))
+
+
+@q3.wrong("eps is missing", "r is 1 / sqrt(mean(x^2) + eps), with the eps that the function is given.")
+def _(dy, x, w, eps):
+    return rms_norm_backward(dy, x, w, 0)
+
+
+@q3.wrong("x in the place of xhat", "The part along xhat is xhat mean(g xhat): with xhat = r x twice, and not x.")
+def _(dy, x, w, eps):
+    _, r = rms_normalised(x, eps)
+    g = dy * w
+    return r * (g - x * mean(g * x))
+
+
+@q3.wrong("r is missing", "The factor r in front of the bracket is missing.")
+def _(dy, x, w, eps):
+    xhat, _ = rms_normalised(x, eps)
+    g = dy * w
+    return g - xhat * mean(g * xhat)
+
+
+@q3.wrong("the second term is added", "The part along xhat is removed: subtract it.")
+def _(dy, x, w, eps):
+    xhat, r = rms_normalised(x, eps)
+    g = dy * w
+    return r * (g + xhat * mean(g * xhat))
 
 
 # --- 05.4 -----------------------------------------------------------------------------------------------------------

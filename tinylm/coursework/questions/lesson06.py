@@ -41,6 +41,7 @@ q1 = Number(
 )
 q1.wrong("without the mask", "That shares the weight among all five keys; two of them are in the future.")(0.2)
 q1.wrong("one key too few", "A query sees its own position too, and position 3 is the fourth one.")(1 / 3)
+q1.wrong("the row of position 1", "P[3, 1] is in the row of position 3, which looks; position 1 is looked at.")(0.5)
 q1.wrong("a masked key", "The key at position 1 is in the past of position 3, so it has a weight.")(0.0)
 
 
@@ -77,9 +78,9 @@ def _softmax_backward(p, dp):
     return p * (dp - row_sum(dp * p))
 
 
-def _backward(dy, q, k, v, scale=None, mask=None, softmax_backward=_softmax_backward, scaled=(True, True)):
+def _backward(dy, q, k, v, scale=None, mask=None, softmax_backward=_softmax_backward, scaled=(True, True), p=None):
     scale = 1 / np.sqrt(q.shape[1]) if scale is None else scale
-    p = weights(q, k, scale, mask)
+    p = weights(q, k, scale, mask) if p is None else p
     ds = softmax_backward(p, dy @ v.T)
     to_q, to_k = (scale if s else 1.0 for s in scaled)
     return ds @ k * to_q, ds.T @ q * to_k, p.T @ dy
@@ -125,6 +126,23 @@ q2.wrong("the mask is off by one", "np.tri(T, T, 1) lets position t see t + 1; i
 )
 q2.wrong("the mask is transposed", "Here position t sees the keys from t on: the future in the place of the past.")(
     lambda dy, q, k, v: _backward(dy, q, k, v, mask=causal(len(q)).T)
+)
+q2.wrong("masked scores of 0", "exp(0) is 1, so a masked key gets a weight: its score must be -inf.")(
+    lambda dy, q, k, v: _backward(dy, q, k, v, p=softmax(causal(len(q)) * (q @ k.T / np.sqrt(q.shape[1]))))
+)
+q2.wrong("the mask after the softmax", "Then the weights of a row no longer sum to 1: mask the scores, with -inf.")(
+    lambda dy, q, k, v: _backward(dy, q, k, v, p=causal(len(q)) * softmax(q @ k.T / np.sqrt(q.shape[1])))
+)
+q2.wrong("the softmax along the queries", "Each *row* of P sums to 1: the softmax goes along the keys, the last axis.")(
+    lambda dy, q, k, v: _backward(
+        dy, q, k, v, p=softmax(np.where(causal(len(q)), q @ k.T / np.sqrt(q.shape[1]), -np.inf).T).T
+    )
+)
+q2.wrong("scaled twice", "1 / sqrt(D) belongs once into dq and once into dk: into dS, or into the products.")(
+    _one_output(
+        dq=lambda dy, q, k, v, p, ds: ds @ k / q.shape[1],
+        dk=lambda dy, q, k, v, p, ds: ds.T @ q / q.shape[1],
+    )
 )
 q2.wrong("dS is not transposed", "dk[s] collects from all queries t that saw key s: dS^T q.")(
     _one_output(dk=lambda dy, q, k, v, p, ds: ds @ q / np.sqrt(q.shape[1]))
@@ -200,6 +218,16 @@ def _(dy, q, k, v, tau):
     return (_softmax_backward(p, dy @ v.T) * (q @ k.T)).sum()
 
 
+@q3.wrong("1 / sqrt(D) in forward", "Here S = tau q k^T: the weights depend on tau too.")
+def _(dy, q, k, v, tau):
+    return (_softmax_backward(weights(q, k), dy @ v.T) * (q @ k.T)).sum()
+
+
+@q3.wrong("P in the place of dS", "The slope of S by tau is q k^T; what arrives at S is dS.")
+def _(dy, q, k, v, tau):
+    return (weights(q, k, tau) * (q @ k.T)).sum()
+
+
 # --- 06.4 -----------------------------------------------------------------------------------------------------------
 
 q4 = Break(
@@ -219,7 +247,8 @@ q4 = Break(
 
 @q4.right
 def _(q, k, v):
-    return weights(q, k) @ v
+    s = q @ k.T / np.sqrt(q.shape[1])  # as below, so that rounding is the same
+    return softmax(np.where(causal(len(q)), s, -np.inf)) @ v
 
 
 @q4.breaks

@@ -60,7 +60,7 @@ def _(normal):
         "a few rows",
         (normal(3, 4), lambda x: x - x.mean(axis=-1, keepdims=True), lambda x: x @ a, np.tanh, lambda x: x @ b),
     )
-    yield "one row", (normal(1, 4), lambda x: 2 * x, lambda x: x @ a, lambda x: x + 1, lambda x: x @ b)
+    yield "one row", (normal(1, 4), lambda x: 2 * x, lambda x: x @ b, lambda x: x + 1, lambda x: x @ a)
 
 
 @q2.wrong("the norm after the sum", "That is the original Transformer; GPT-2 normalises the input of each part.")

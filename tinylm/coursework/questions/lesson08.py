@@ -43,15 +43,15 @@ q2 = Function(
 
 
 @q2.reference
-def adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay):
+def my_adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay):
     return _step(p, g, m, v, t, lr, b1, b2, eps, decay)
 
 
 @q2.cases
 def _(normal):
-    for t in (1, 2, 50):
+    for t, b1, eps in ((1, 0.9, 1e-8), (2, 0.8, 1e-3), (50, 0.9, 1e-8)):
         args = normal(3, 4), normal(3, 4), 0.1 * normal(3, 4), 0.01 * normal(3, 4) ** 2
-        yield f"step {t}", (*args, t, 0.01, 0.9, 0.999, 1e-8, 0.3)
+        yield f"step {t}", (*args, t, 0.01, b1, 0.999, eps, 0.3)
     args = normal(5), 1e-8 * normal(5), np.zeros(5), np.zeros(5)
     yield "tiny gradients", (*args, 1, 0.01, 0.9, 0.99, 1e-8, 0.0)
     # All that happens here is decay; beside a usual step it would hardly show.
@@ -95,13 +95,13 @@ q2.wrong("t is one too large", "t counts from 1; your correction uses t + 1.")(
 q2.wrong("decay after the step", "Shrink p before the step: otherwise the step itself shrinks too.")(_but(late=True))
 q2.wrong("v holds the gradient's size", "v is the running mean of g^2, not of |g|.")(
     lambda p, g, m, v, t, lr, b1, b2, eps, decay: (
-        *adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay)[:2],
+        *my_adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay)[:2],
         b2 * v + (1 - b2) * abs(g),
     )
 )
 q2.wrong("the mix is reversed", "The old mean keeps the share b; the new gradient gets 1 - b.")(
     lambda p, g, m, v, t, lr, b1, b2, eps, decay: (
-        adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay)[0],
+        my_adamw_step(p, g, m, v, t, lr, b1, b2, eps, decay)[0],
         (1 - b1) * m + b1 * g,
         (1 - b2) * v + b2 * g * g,
     )

@@ -51,7 +51,7 @@ def _schedule(step, steps, lr, warmup, min_lr, rise=None, fall=None, start=None)
 
 
 @q2.reference
-def schedule(step, steps, lr, warmup, min_lr):
+def my_schedule(step, steps, lr, warmup, min_lr):
     return _schedule(step, steps, lr, warmup, min_lr)
 
 
@@ -60,6 +60,7 @@ def _(normal):
     for step in (0, 9, 10, 11, 40, 99):
         yield f"step {step}", (step, 100, 0.01, 10, 0.001)
     yield "no warmup", (0, 50, 0.01, 0, 0.0)
+    yield "another run", (20, 50, 0.02, 5, 0.0)
     yield "a warmup of one step", (0, 50, 0.01, 1, 0.0)
 
 

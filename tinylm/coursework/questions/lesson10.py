@@ -49,7 +49,7 @@ q2 = Function(
 
 
 @q2.reference
-def clip(a, b, largest):
+def my_clip(a, b, largest):
     n = norm(a, b)
     coefficient = largest / n if n > largest else 1.0
     return a * coefficient, b * coefficient, n
@@ -95,7 +95,7 @@ def _(a, b, largest):
 
 @q2.wrong("the norm after clipping", "Return the norm before clipping: it is what one wants to watch.")
 def _(a, b, largest):
-    a, b, n = clip(a, b, largest)
+    a, b, n = my_clip(a, b, largest)
     return a, b, min(n, largest)
 
 

@@ -52,7 +52,7 @@ def _top_p(p, limit, keep=None, normalise=True):
 
 
 @q2.reference
-def top_p(p, limit):
+def my_top_p(p, limit):
     return _top_p(p, limit)
 
 
@@ -110,10 +110,9 @@ def draw_by_noise(logits, temperature, u):
 
 @q3.cases
 def _(normal):
-    u = (np.argsort(normal(300, 5).ravel()).reshape(300, 5) + 0.5) / 1500
-    yield "300 draws", (normal(300, 5), 1.0, u)
-    yield "300 draws at temperature 0.5", (normal(300, 5), 0.5, u)
-    yield "300 draws at temperature 2", (normal(300, 5), 2.0, u)
+    for name, temperature in (("", 1.0), (" at temperature 0.5", 0.5), (" at temperature 2", 2.0)):
+        u = (np.argsort(normal(300, 5).ravel()).reshape(300, 5) + 0.5) / 1500
+        yield f"300 draws{name}", (normal(300, 5), temperature, u)
 
 
 q3.wrong("multiplied by the temperature", "The logits are divided by the temperature.")(
