@@ -33,8 +33,8 @@ r"""
 The learning rate $\eta$ is the most important number of a run, and it should not be the same all the time. The usual
 schedule has a short rise and a long fall:
 
-$$ \eta(s) = \begin{cases} \eta_{\max}\,\dfrac{s+1}{w+1} & s < w \\[2ex]
-   \eta_{\min} + (\eta_{\max}-\eta_{\min})\,\tfrac12\Bigl(1+\cos\pi\dfrac{s-w}{S-w}\Bigr) & s \ge w \end{cases} $$
+$$ \eta(s) = \begin{cases} \eta_{\max}\,\dfrac{s+1}{w+1} & s < w, \cr
+   \eta_{\min} + (\eta_{\max}-\eta_{\min})\,\tfrac12\Bigl(1+\cos\pi\dfrac{s-w}{S-w}\Bigr) & s \ge w, \end{cases} $$
 
 for step $s = 0, 1, \dots, S-1$ and a *warmup* of $w$ steps. Half a cosine is flat at both ends: it stays high for a
 while, falls, and ends gently.

@@ -32,9 +32,9 @@ its slope. These arrays are the *activations*. They are kept from the moment whe
 backward comes by. The first one made is the last one freed. So they pile up during the whole of forward, and are at
 their most when backward begins.
 
-How much is it? A block of GPT-2 saves about $17$ arrays of shape (B, T, C), and attention's weights besides, (B, H, T,
-T). With L blocks it is L times that. It grows with the batch, and a model of 100 MB of weights may well need 10 GB of
-activations.
+How much is it? A block of GPT-2 saves more than a dozen arrays of shape (B, T, C), and attention's weights besides, (B,
+H, T, T). With L blocks it is L times that. It grows with the batch, and a model of 100 MB of weights may well need 10
+GB of activations.
 
 ## The idea
 
@@ -139,10 +139,8 @@ def step(recompute):
 (grads, without, slow), (again, with_it, slower) = step(0), step(1)
 share = with_it.peak_activations / without.peak_activations
 guess.measured(share)
-MB = 1e6
-print(
-    f"activations at the peak: {without.peak_activations / MB:.1f} MB without, {with_it.peak_activations / MB:.1f} MB with"
-)
+kept, left = (memory.peak_activations / 1e6 for memory in (without, with_it))
+print(f"activations at the peak: {kept:.1f} MB without, {left:.1f} MB with")
 print(f"without, a block saves {without.peak_activations / 8 / (8 * 64 * 64 * 4):.0f} times the size of its input")
 print("gradients equal in every bit:", all(np.array_equal(a, b) for a, b in zip(grads, again, strict=True)))
 print(f"time of a step: {slower / slow:.2f} times as long")

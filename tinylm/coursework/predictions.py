@@ -30,8 +30,8 @@ class Prediction:
         value = known
         if self.guess is None:
             told = "you made no prediction"
-        elif self.guess == value or not value or not math.isfinite(value):
-            told = f"you predicted {self.guess:.{digits}g}"
+        elif not value or not math.isfinite(value) or value.is_integer() or math.isclose(self.guess, value):
+            told = f"you predicted {self.guess:.{digits}g}"  # of a count, a percentage says nothing
         else:
             off = abs(self.guess - value) / abs(value)
             told = f"you predicted {self.guess:.{digits}g}, {f'{off:.0%} off' if off < 10 else 'far off'}"

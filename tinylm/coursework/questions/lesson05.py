@@ -28,8 +28,8 @@ q1 = Number(
         "What are the mean and the variance of a row of xhat?",
         "The variance is the mean of the squares, since the mean is 0. What is then the sum of the squares?",
     ),
-    why="The mean of xhat^2 is 1 (its mean is 0, its variance 1), so the sum over 64 channels is 64, and the length is "
-    "sqrt(64) = 8. All normalised rows lie on one sphere, and on the plane where the sum is 0.",
+    why="The mean of xhat^2 is 1 (its mean is 0, its variance 1), so the sum over 64 channels is 64, and the length "
+    "is sqrt(64) = 8. All normalised rows lie on one sphere, and on the plane where the sum is 0.",
 )
 q1.wrong("the square of the length", "The sum of the squares is 64; the length is its root.")(64.0)
 q1.wrong("the standard deviation", "The root of the *mean* of the squares is 1; the length is that of the sum.")(1.0)
@@ -42,15 +42,15 @@ q1.wrong("divided by C - 1", "Layer norm divides by C, the number of channels, n
 q2 = Function(
     "05.2",
     "the backward of layer norm",
-    minutes=20,
+    minutes=10,
     difficulty=2,
     returns=("dx", "dw", "db"),
     hints=(
         "dw and db first: in y = xhat w + b, how often is w[c] used, and what is it multiplied by each time?",
         "For dx, with g = dy w: take rstd g, and remove from it, row by row, its mean and its part along xhat.",
     ),
-    why="w[c] and b[c] are used in every row, so their gradients are sums over all rows: dw = sum(dy xhat), "
-    "db = sum(dy). With g = dy w, dx = rstd (g - mean(g) - xhat mean(g xhat)), the means along the row.",
+    why="w[c] and b[c] are used in every row, so their gradients are sums over all rows: dw = sum(dy xhat), db = "
+    "sum(dy). With g = dy w, dx = rstd (g - mean(g) - xhat mean(g xhat)), the means along the row.",
 )
 
 
@@ -182,11 +182,11 @@ q3 = Function(
     difficulty=3,
     returns="dx",
     hints=(
-        "Which of the two invariances does RMS norm have: adding a number to a row, or stretching it?",
-        "So which of the two directions, 1 and xhat, must dx have no part along?",
+        "What leaves xhat = x / rms(x) as it is: adding a number to x, or multiplying x by one?",
+        "Multiplying moves x along x itself, and xhat is a multiple of x. So along what has dx no part?",
     ),
-    why="RMS norm does not subtract the mean, so N(x + c) is not N(x), and mean(g) has no reason to be removed. "
-    "N(a x) = N(x) still holds (up to eps), so dx has no part along xhat: dx = r (g - xhat mean(g xhat)).",
+    why="RMS norm does not subtract the mean, so N(x + c) is not N(x), and mean(g) is not removed. N(a x) = N(x) "
+    "still holds (up to eps), so dx has no part along xhat: dx = r (g - xhat mean(g xhat)).",
 )
 
 
@@ -283,8 +283,8 @@ q4 = Break(
         "For which variance do sqrt(var + eps) and sqrt(var) + eps differ most, if eps is 1e-5?",
         "sqrt(1e-5) is 0.003, three hundred times as large as eps itself.",
     ),
-    why="At unit variance the two differ by 1e-5. Where the variance is of the size of eps or below, "
-    "sqrt(var + eps) is about 0.003 and sqrt(var) + eps may be 0.0001: a tiny variance tells them apart.",
+    why="At unit variance the two differ by 1e-5. Where the variance is of the size of eps or below, sqrt(var + eps) "
+    "is about 0.003 and sqrt(var) + eps may be 0.0001: a tiny variance tells them apart.",
 )
 
 

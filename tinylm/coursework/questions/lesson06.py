@@ -50,7 +50,7 @@ q1.wrong("a masked key", "The key at position 1 is in the past of position 3, so
 q2 = Function(
     "06.2",
     "the backward of causal attention",
-    minutes=25,
+    minutes=12,
     difficulty=2,
     returns=("dq", "dk", "dv"),
     hints=(

@@ -53,6 +53,7 @@ def _(normal):
     yield "12 blocks in groups of 3", (12, 3, 900, 100)
     yield "groups of one block", (12, 1, 900, 100)
     yield "one group", (12, 12, 900, 100)
+    yield "30 blocks in groups of 5", (30, 5, 900, 100)
     yield "a ragged last group", (10, 4, 700, 50)
 
 
