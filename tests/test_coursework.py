@@ -287,13 +287,13 @@ def ask(path, code):
 
 def test_a_prediction_is_kept_beside_the_lesson(tmp_path, capsys):
     lesson = tmp_path / "05_x.py"
-    ask(lesson, 'predict("05.b", 2, "the loss").measured(1.0)\npredict("05.a", None, "the norm").measured(0.01234)')
+    ask(lesson, 'predict("05.b", 1, "the loss").measured(0.5)\npredict("05.a", None, "the norm").measured(0.01234)')
     assert json.loads((tmp_path / "predictions.json").read_text()) == {
         "05.a": {"what": "the norm", "predicted": None, "measured": 0.01234},
-        "05.b": {"what": "the loss", "predicted": 2.0, "measured": 1.0},
+        "05.b": {"what": "the loss", "predicted": 1.0, "measured": 0.5},
     }
     assert capsys.readouterr().out == (
-        "prediction 05.b: the loss: 1; you predicted 2, 100% off\n"
+        "prediction 05.b: the loss: 0.5; you predicted 1, 100% off\n"
         "prediction 05.a: the norm: 0.0123; you made no prediction\n"
     )
     ask(lesson, 'predict("05.b", 1.1, "the loss")')  # the lesson stops before the result is there
@@ -310,8 +310,8 @@ def test_somebody_elses_file_is_left_alone(content, tmp_path, capsys):
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
-    ask(tmp_path / "missing" / "l.py", 'predict("05.a", 1, "x").measured(2)')
-    assert "prediction 05.a: x: 2; you predicted 1, 50% off" in capsys.readouterr().out
+    ask(tmp_path / "missing" / "l.py", 'predict("05.a", 1, "x").measured(2.5)')
+    assert "prediction 05.a: x: 2.5; you predicted 1, 60% off" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("guess", ["2", [1, 2], 2j])
