@@ -226,6 +226,8 @@ class Function(Question):
                 right.append(name)
             else:
                 wrong[k] = got
+        # First the mistake that explains the most outputs.
+        known.sort(key=lambda pair: -sum(got.equals([r[k] for r in pair[1]]) for k, got in wrong.items()))
         for k, got in wrong.items():
             name = self.returns[k]
             exchanged = [other.name for other in wrong.values() if got.equals(other.want)]
