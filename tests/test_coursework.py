@@ -91,7 +91,7 @@ def test_mistakes_that_any_function_may_have(question):
         lambda y: np.asarray(y, np.float16): "to 3 digits only",
     }.items():
         outputs = [a for outputs in question.run(question.answer) for a in outputs]
-        if "digits" in told and all((a == a.astype(np.float16)).all() for a in outputs):
+        if "digits" in told and all((a == a.astype(np.float16)).all() for a in outputs if abs(a).max() < 6e4):
             continue  # small whole numbers, which float16 holds
         verdict = question.examine(but(change))
         assert not verdict.passed
