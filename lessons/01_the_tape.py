@@ -53,7 +53,7 @@ class Value:
         return Value(y, (self,), (1 - y * y,))
 
     def backward(self):
-        """Set the `grad` of every number that this one was computed from."""
+        """Add to the `grad` of every number that this one was computed from. Once for each graph."""
         found, todo = {self}, [self]
         while todo:
             for x in todo.pop().inputs:
@@ -136,14 +136,15 @@ r"""
 all of it and passes *all* of it on. The first half was counted twice. It is also slow: each addition doubles the
 visits. (A recursion has a third fault: Python stops it at a depth of about a thousand.)
 
-Here is the graph, drawn by tinylm from its own tape. Two edges lead from each number to its sum.
+Here is the graph, drawn by tinylm from its own tape. Two edges lead from each number to its sum. (4 B: one float32 has
+four bytes. An addition saves nothing for its backward.)
 """
 
 # %%
 a = tensor([1.0], requires_grad=True)
 b = a + a
 c = b + b
-picture = draw(c, a=a, b=b)
+picture = draw(c, a=a, b=b, c=c)
 save_figure(picture, "01_b_is_used_twice")
 
 # %% [markdown]
@@ -198,14 +199,16 @@ r"""
 ![The network's curve through twenty points of a sine](figures/01_learned_by_numbers.png)
 
 Gradients are set to 0 before each backward, because backward adds. A loop that forgets this goes on adding up the
-gradients of all steps so far. Often it still trains, badly.
+gradients of all steps so far. Without the line `p.grad = 0.0` this run would hardly learn, and not say why.
 
 ## Arrays on the tape
 
 Each number of this network costs Python a microsecond or more. A GPT has millions. So the entries of a real tape are
 *arrays*, and a step on it is an op such as a matrix product. Nothing changes but the slopes: the "slope" of an array
 with respect to an array would be a huge matrix, and nobody wants to write it down. So an op brings a function in its
-place, which takes the gradient of its output and returns those of its inputs. That function is its *backward*:
+place, which takes the gradient of its output and returns those of its inputs. That function is its *backward*. (Lesson
+04 derives those of the matrix product and of the bias. Take them on trust; the comparison with tinylm below checks
+them.)
 """
 
 
@@ -262,8 +265,8 @@ r"""
 ## The same thing in tinylm
 
 Open `tinylm/autograd.py`. An `Op` is an entry of the tape: it has `parents`, an `order` from a counter, and a
-`backward`. The class `Walk` at its end is our loop, by age, without recursion, so that a chain of 100,000 ops is no
-problem. What practice adds:
+`backward`. The function `reachable` finds the entries, and the class `Walk` is our loop, by age, without recursion, so
+that a chain of 100,000 ops is no problem. What practice adds:
 
 - **It frees as it walks.** Our `lambda`s hold on to arrays (`y` in `tanh`) for as long as the result lives. tinylm
   drops an entry's arrays as soon as it has been walked, so memory falls during backward. The price: a graph can be
@@ -280,7 +283,7 @@ except RuntimeError as error:
     print("a second walk:", error)
 with tinylm.no_grad():
     y = tx @ tw
-print("under no_grad nothing is recorded:", y.requires_grad)
+print("under no_grad, does y require a gradient?", y.requires_grad)
 
 # %% [markdown]
 r"""
@@ -288,9 +291,12 @@ r"""
 
 - **Changing an array in place** after an op has saved it makes the gradient wrong without a word.
   `tinylm.detect_anomaly()` finds such a change.
-- **`x.grad` is a sum** over all backwards since it was last cleared. Set it to None or 0 before a step.
+- **`x.grad` is a sum** over all backwards since it was last cleared. Set it to None or 0 before the next backward.
+  (Each step runs the program again and makes a new graph. Only the parameters stay, so only their gradients must be
+  cleared.)
 - **Evaluating** needs no tape: under `no_grad()` nothing is saved.
-- **Keeping a loss** in a list, `losses.append(loss)`, keeps its whole graph in memory. Keep the number: `loss.item()`.
+- **Keeping a loss** that was never walked backward (one from an evaluation without `no_grad()`) keeps its graph in
+  memory. Keep the number: `loss.item()`.
 
 ## Exercises
 

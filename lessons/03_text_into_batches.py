@@ -42,7 +42,7 @@ reads nonsense with another.
 ## What is predicted
 
 At every place of the text the model sees what came so far and predicts **the next token**. So a piece of T + 1 tokens
-holds T exercises. The inputs $x$ are all but the last token, the targets $y$ all but the first:
+holds T predictions. The inputs $x$ are all but the last token, the targets $y$ all but the first:
 """
 
 # %%
@@ -76,7 +76,8 @@ Twelve predictions from thirteen tokens, each with a longer past. One forward co
 the causal mask hides (lesson 06): without it, the target of each row stands in plain sight, one column to the right.
 
 Two mistakes are easy to make here. If the targets equal the inputs, the model learns to copy and its loss falls to 0.
-If they are shifted the other way, it learns to say what it has just read. Both train without complaint.
+If they are shifted the other way, the target is the token *before* the one just read, which the model has seen too.
+Both train without complaint.
 
 ## A batch
 
@@ -122,9 +123,9 @@ symbols allows three successors. Two numbers frame every loss.
 
 $$ H = -\sum_{ab} \pi_{ab} \sum_c p_{abc} \ln p_{abc} . $$
 
-No model can get below $H$ on fresh text: the rest is chance. The simplest model that we can try needs no training.
-Count how often each symbol follows each context of the last k symbols, and divide. (Plus a little for what never
-occurred, or its loss would be infinite.) We count on 3,000 tokens, and measure on these and on 3,000 fresh ones.
+No model can get below $H$ on fresh text, on average: the rest is chance. The simplest model that we can try needs no
+training. Count how often each symbol follows each context of the last k symbols, and divide. (Plus a little for what
+never occurred, or its loss would be infinite.) We count on 1,500 tokens, and measure on these and on 5,000 fresh ones.
 
 **Predict**: with contexts of five symbols, what is the loss on the tokens that were counted? $H$ is 0.80.
 """
@@ -172,19 +173,21 @@ assert on_counted[5] < language.entropy - 0.2
 r"""
 ![Loss against context length, on counted and on fresh text](figures/03_what_a_loss_means.png)
 
-Read the blue line first. Contexts of two symbols bring the loss almost to $H$, since that is how the language was
-made. Longer ones make it *worse*: most contexts of five occur once or never in 1,500 tokens, and one sighting is not a
+Read the blue line first. Contexts of two symbols bring the loss almost to $H$, since that is how the language was made.
+Longer ones make it *worse*: many contexts of five on fresh text were never counted, or once, and one sighting is not a
 probability.
 
-The orange line knows no floor. With long contexts the table has memorised the text. This picture returns in all
-lessons, with these rules:
+The orange line knows no floor. With long contexts the table has memorised the text. These two lines, $\ln V$ and $H$,
+return in the pictures of later lessons. How to read them:
 
-- **Fresh text clearly below $H$ proves a leak**: the model sees its targets. Nothing else can do that.
+- **Fresh text clearly below $H$ proves a mistake.** Usually the model sees its targets; or the text is not fresh, or
+  the mean is wrong.
 - **Training text below $H$, fresh text above it**: memorising, also called overfitting (lesson 12).
 - **Fresh text at $H$**: finished; more training is wasted.
 
 On a real text nobody knows $H$, and the same leak may look like a good result. That is why we practise on languages
-that we made.
+that we made. (For a real text, compare with tables of counts: with contexts of 0, 1 and 2 they give three rungs of a
+ladder that a good model must leave below.)
 
 ## In practice
 
@@ -195,11 +198,12 @@ that we made.
 - **A mean over tokens.** The last block of a validation text is shorter. A mean of the blocks' means counts its tokens
   too much: exercise 03.4.
 - **Other units.** Divide nats by $\ln 2$ for bits. $e^{\text{loss}}$ is the perplexity. Losses of different tokenizers
-  cannot be compared: a token of four characters is harder to guess than one character. Bits a byte can.
+  cannot be compared: a token of four characters is harder to guess than one character. Divide the summed loss of a text
+  by the number of its bytes, and by $\ln 2$: *bits a byte* can be compared.
 
 ## Exercises
 
-**03.1** (3 minutes, ★) A batch has 12 sequences of 64 tokens each. How many predictions is its loss a mean of?
+**03.1** (3 minutes, ★) The inputs `x` of a batch have the shape (12, 64). How many predictions is its loss a mean of?
 """
 
 # %%

@@ -26,8 +26,9 @@ r"""
 ## The whole model
 
 All parts are known. Token ids (B, T) become rows of C numbers: a row of the token table (lesson 04) plus a row of a
-second table, for the position, without which attention could not tell the order. Then come the *blocks*. Each has two
-parts, and each part reads a normalised copy of the rows and *adds* its result to them:
+second table, for the position, without which one attention layer could not tell the order of what it looks back at.
+Then come the *blocks*. Each has two parts, and each part reads a normalised copy of the rows and *adds* its result to
+them:
 
 $$ x \leftarrow x + \mathrm{attention}(\mathrm{norm}(x)), \qquad x \leftarrow x + \mathrm{mlp}(\mathrm{norm}(x)). $$
 
@@ -48,11 +49,15 @@ def linear(x, p, name):  # the weight is (K, C)
     return x @ p[f"{name}.weight"].T + p[f"{name}.bias"]
 
 
+seen = []  # the weights P of each attention, to look at later
+
+
 def attend(q, k, v):  # (B, H, T, D) each
     T, D = q.shape[-2:]
     s = np.where(np.tri(T, dtype=bool), q @ k.swapaxes(-1, -2) / np.sqrt(D), -np.inf)
     e = np.exp(s - s.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True) @ v
+    seen.append(e / e.sum(-1, keepdims=True))
+    return seen[-1] @ v
 
 
 def gelu(x):
@@ -86,17 +91,18 @@ print(f"{count:,} weights; our logits and tinylm's differ by {abs(ours - theirs)
 r"""
 ## The same thing in tinylm
 
-Open `tinylm/gpt.py`: one page, with the same names, which are those of GPT-2's published weights. What it has more are
-dropout, a cache for generation (lesson 13) and recomputation (lesson 16).
+Open `tinylm/gpt.py`: two hundred lines, with the same names, which are those of GPT-2's published weights. In addition
+it has dropout, a cache for generation (lesson 13) and recomputation (lesson 16).
 
 ## First check: the loss before training
 
 An untrained model should find all tokens about equally likely, and have the loss $\ln V$ (lesson 02). This depends on
-the initial weights. GPT-2 draws them from a normal distribution of standard deviation 0.02. Other tables are often
-drawn with standard deviation 1: it is the default of PyTorch's embedding.
+the initial weights. GPT-2 draws them from a normal distribution of standard deviation 0.02. PyTorch's embedding, if
+nothing else is said, has standard deviation 1.
 
 **Predict** the first loss if the token table has standard deviation 1. Here V = 65, so $\ln V = 4.17$; and a row of the
-last norm, of 128 numbers of size 1, is multiplied with each row of that table.
+last norm, of 128 numbers of size 1, is multiplied with each row of that table. (One of these rows is the one that went
+in.)
 """
 
 # %%
@@ -118,20 +124,25 @@ print(f"ln V = {np.log(65):.2f}; with a standard deviation of 0.02 the first los
 
 # %% [markdown]
 r"""
-The logits have a standard deviation of $\sqrt{128} \approx 11$ or more, so the model is very sure, and wrong. Training
-would spend its first hundred steps on unlearning this. One look at the first loss tells.
+Why so much? The table is used twice. A token's row goes in, the norm brings it to the length $\sqrt{128}$, and it is
+multiplied with the same table: with itself that makes about 128, with the other rows about $\pm 11$. The model is sure
+that each token is followed by itself, and it is wrong. Training spends its first steps on unlearning this, and may stay
+behind for long. One look at the first loss tells.
 
 There is a second choice in the initialisation. Each block *adds* twice to the rows, so their size grows with depth.
-GPT-2 draws the two layers that add (both named `c_proj`) smaller, by $1/\sqrt{2L}$ for L blocks. Then the growth does
+GPT-2 draws the two layers that add (both named `c_proj`) smaller, by $1/\sqrt{2n}$ for n blocks. Then the growth does
 not depend on the depth: exercise 07.3.
 
 ## Second check: one batch by heart
 
 A model that works can learn one small batch by heart: the loss goes to 0. If it does not, something is broken: a
-gradient, the optimizer, the data. It takes seconds, and finds more than any other single test.
+gradient, the optimizer, the data. It takes seconds, and finds gross mistakes. (It does not find small ones: with the
+wrong GELU of lesson 00 a model learns the batch just as fast. For these there is the gradient check.)
 
-It does not find everything. A model *without a causal mask* passes too, and faster. For that, change the last token and
-see whether an earlier prediction moves.
+## Third check: the future
+
+A model *without a causal mask* learns a batch by heart too. So change the last token, and see whether an earlier
+prediction moves.
 """
 
 # %%
@@ -154,7 +165,7 @@ def fit(model, batch, steps, lr):
         optimizer.zero_grad()
         loss = ops.cross_entropy(model(x), y)
         loss.backward()
-        clip_grad_norm_(model.parameters(), 1.0)
+        clip_grad_norm_(model.parameters(), 1.0)  # lesson 10
         optimizer.step()
         losses.append(loss.item())
     return np.array(losses)
@@ -171,12 +182,13 @@ r"""
 ## One layer or two?
 
 In lesson 06 one layer learned to copy from a fixed distance. Now let the distance differ: each string has a period
-between 4 and 8, which the model is not told, and repeats itself. To continue it one must find where the last few
-symbols occurred before, and say what came after them then. A layer looks at *one* place and can only compare what that
-place holds. To compare what came *before* a place, somebody must have put it there first. That takes a layer below.
+between 4 and 8, which the model is not told, and repeats itself. Take `a b c d a b c`. The model stands at the second
+`c` and must say `d`. Attention compares the `c` with what the earlier places hold; but the place of `d` holds `d`, and
+not `c`. If a first layer has written into the place of `d` that `c` came before it, then a second layer can find this
+place, and read off `d`. With one layer there is no such direct way.
 
-**Predict** the final loss of a model with two layers. With one it ends near 1; guessing costs $\ln 16 = 2.77$; perfect
-is near 0.
+**Predict** the final loss of a model with two layers. With one it is near 1 after 300 steps; guessing costs $\ln 16 =
+2.77$; perfect is near 0.
 """
 
 # %%
@@ -187,7 +199,7 @@ T, longest = 32, 8
 
 
 def periodic():
-    """64 strings, each with a period of its own; only predictions for which it has been seen by then are counted."""
+    """64 strings, each with a period of its own; predictions count from 3 symbols after the longest period on."""
     period = rng.integers(4, longest + 1, size=64)
     places = np.arange(T + 1) % period[:, None]
     text = np.take_along_axis(rng.integers(16, size=(64, longest)), places, axis=1)
@@ -196,10 +208,11 @@ def periodic():
     return x, y
 
 
-curves = {}
+curves, models = {}, {}
 for n_layer in (1, 2):
     random.seed(0)
-    curves[n_layer] = fit(GPT(GPTConfig(16, T, n_layer, n_head=2, n_embd=48)), periodic, steps=300, lr=5e-3)
+    models[n_layer] = GPT(GPTConfig(16, T, n_layer, n_head=2, n_embd=48))
+    curves[n_layer] = fit(models[n_layer], periodic, steps=300, lr=5e-3)
     print(f"{n_layer} layer{'s' * (n_layer > 1)}: final loss {curves[n_layer][-20:].mean():.2f}")
 guess.measured(curves[2][-20:].mean())
 assert curves[2][-20:].mean() < 0.5 < 0.8 < curves[1][-20:].mean()
@@ -223,25 +236,44 @@ save_figure(figure, "07_first_checks")
 r"""
 ![Left: the loss on one batch goes to zero. Right: one layer and two.](figures/07_first_checks.png)
 
-Right: at first two layers do worse than one. Then the second layer finds its use, and the loss falls off a cliff. One
-layer flattens out, however long it trains. Such a plateau with a fall behind it is common in small and large models:
-who stops at the plateau concludes that the task cannot be learned.
+Right: at first two layers do worse than one. Then the second layer finds its use, and the loss falls off a cliff. (One
+layer is not stuck for ever: it finds a roundabout way, and needs ten times as many steps.) Such a plateau with a fall
+behind it is common in small and large models: who stops at the plateau concludes that the task cannot be learned.
 
-The pair of layers has a name, *induction head*. The first copies into each place what stood before it; the second
-looks for a place that was preceded by what it sees now, and copies what stands there.
+The head in the second layer has a name, *induction head*. Let us look whether it does what we said. In our NumPy model
+we keep the weights P of each layer. A head of the first layer should look at the place just before it, and a head of
+the second at the places where the right symbol stands.
+"""
+
+# %%
+seen.clear()
+x, y = periodic()
+gpt({name: p.data.astype(np.float64) for name, p in models[2].named_parameters()}, x, n_layer=2, n_head=2)
+before = max(seen[0][:, head, range(1, 9), range(8)].mean() for head in range(2))
+same = x[:, None, :] == y[:, :, None]  # (64, T, T): the places that hold the target
+right_place = [(seen[1][:, head] * same).sum(-1)[y != -100].mean() for head in range(2)]
+print(f"first layer: a head gives {before:.0%} of its weight to the place before, at places 1 to 8")
+print(
+    f"second layer: the heads give {right_place[0]:.0%} and {right_place[1]:.0%} to places that hold the right symbol"
+)
+
+# %% [markdown]
+r"""
 
 ## In practice
 
-- **Ask in this order**: first loss near $\ln V$? One batch to 0? Does the future matter? Only then train.
+- **Ask in this order**: is the first loss near $\ln V$? Does one batch go to 0? Does an earlier prediction move when a
+  later token changes? Only then train.
 - **Names are an interface.** With GPT-2's names, published weights load without a table of translations.
 - **Which transpose?** GPT-2's published weights are stored (C, K), PyTorch's and tinylm's linear layers are (K, C). A
   square matrix fits either way, and is wrong in one of them, silently.
-- **Where is the depth?** A block costs $12C^2$ weights: doubling C costs four times as much as doubling the layers.
+- **Wide or deep?** A block has $12C^2$ weights. So twice the blocks are twice the weights, and twice the C are four
+  times the weights.
 
 ## Exercises
 
-**07.1** (10 minutes, ★★) How many parameters has the model above: V = 65, 64 positions, 4 blocks, C = 128, with all
-biases? Count by hand first.
+**07.1** (10 minutes, ★★) How many parameters has a GPT with V = 100, 32 positions, 3 blocks and C = 64, with all
+biases? Count by hand.
 """
 
 # %%
@@ -249,7 +281,8 @@ check("07.1", None)  # your number in the place of None
 
 # %% [markdown]
 r"""
-**07.2** (8 minutes, ★) One block. The four arguments after `x` are functions of one array. Return the new `x`.
+**07.2** (8 minutes, ★) One block. The four arguments after `x` are functions of one array. Return the new `x`; do not
+change the old one in place.
 """
 
 
@@ -280,7 +313,8 @@ check("07.3", residual_std)
 # %% [markdown]
 r"""
 **07.4** (5 minutes, ★) *To break.* This function splits rows of C = 4 numbers into two heads, from (T, 4) to (2, T, 2).
-It is wrong, and there are inputs on which one cannot see that. Find one on which one can.
+It is wrong, and there are inputs on which one cannot see that. Find one on which some element is wrong by more than
+0.1.
 """
 
 

@@ -16,7 +16,7 @@ layer is the token table again.
 """
 
 # %%
-V, T, L, C = 65, 64, 4, 128
+V, T, L, C = 100, 32, 3, 64
 check("07.1", L * (12 * C**2 + 13 * C) + (V + T) * C + 2 * C)
 
 # %% [markdown]

@@ -11,23 +11,23 @@ q1 = Number(
     "the parameters of a small GPT",
     minutes=10,
     difficulty=2,
-    answer=809_856.0,
+    answer=158_528.0,
     rtol=1e-6,
     hints=(
         "One block: c_attn is C x 3C, its c_proj C x C, c_fc C x 4C, the other c_proj 4C x C; each with a bias. And "
         "two layer norms of 2 C.",
         "Outside the blocks: a row for each token, a row for each position, and a last layer norm. No output layer.",
     ),
-    why="A block has 12 C^2 + 13 C parameters, which is 198,272 for C = 128. Four of them are 793,088. The tokens have "
-    "65 x 128, the positions 64 x 128, the last norm 256. The output layer is the token table again.",
+    why="A block has 12 C^2 + 13 C parameters, which is 49,984 for C = 64. Three of them are 149,952. The tokens have "
+    "100 x 64, the positions 32 x 64, the last norm 128. The output layer is the token table again.",
 )
-q1.wrong("an output layer of its own", "GPT-2 uses the token table again for the output.")(809_856.0 + 65 * 128)
-q1.wrong("no positions", "Each of the 64 positions has a row of 128 numbers.")(809_856.0 - 64 * 128)
-q1.wrong("no biases in the blocks", "Each linear layer has a bias: 9 C in a block.")(809_856.0 - 4 * 9 * 128)
+q1.wrong("an output layer of its own", "GPT-2 uses the token table again for the output.")(158_528.0 + 100 * 64)
+q1.wrong("no positions", "Each of the 32 positions has a row of 64 numbers.")(158_528.0 - 32 * 64)
+q1.wrong("no biases in the blocks", "Each linear layer has a bias: 9 C in a block.")(158_528.0 - 3 * 9 * 64)
 q1.wrong(
     "no layer norms", "Each norm has a weight and a bias of C numbers; there are two in a block and one at the end."
-)(809_856.0 - 9 * 2 * 128)
-q1.wrong("without the last layer norm", "After the last block there is one more norm.")(809_856.0 - 2 * 128)
+)(158_528.0 - 7 * 2 * 64)
+q1.wrong("without the last layer norm", "After the last block there is one more norm.")(158_528.0 - 2 * 64)
 
 
 # --- 07.2 -----------------------------------------------------------------------------------------------------------
