@@ -24,16 +24,16 @@ r"""
 
 Gradient descent moves each weight by the learning rate times its gradient: $p \leftarrow p - \eta\,g$. So the length of
 the step is that of the gradient. But the gradients of one model differ by factors of thousands. In lesson 04 the row of
-a rare token had a gradient a hundred times smaller than that of a common one. A layer norm's weight is used by every
-token, an output row by few. One $\eta$ cannot suit them all: where it is right for the small gradients, the large ones
-make the weights jump.
+a rare token had a gradient sixty times smaller than that of a common one. A layer norm's weight is used by every token,
+a row of the token table by few. One $\eta$ cannot suit them all: where it is right for the small gradients, the large
+ones make the weights jump.
 
 Adam's idea (Kingma and Ba, 2015): divide each weight's gradient by its own usual size. Keep two running means for
 each weight, of the gradient and of its square,
 
 $$ m \leftarrow \beta_1 m + (1-\beta_1)\,g, \qquad v \leftarrow \beta_2 v + (1-\beta_2)\,g^2, $$
 
-and move by $\eta\, m / \sqrt v$. If $g$ is always about the same, this is $\eta$ times its sign. If $g$ is noise that
+and move by $-\eta\, m / \sqrt v$. If $g$ is always about the same, this is $\eta$ times its sign. If $g$ is noise that
 changes its sign, $m$ is near 0 while $\sqrt v$ is not, and the weight hardly moves. **The step says how consistent a
 gradient is, not how large.** Multiply the loss by 1,000 and every step stays the same.
 
@@ -44,7 +44,11 @@ step, with $\beta_1 = 0.9$, and $0.19$ after the second. What is missing shrinks
 
 $$ m_t = 1 - \beta_1^t, \qquad v_t = 1 - \beta_2^t . $$
 
-The remedy is plain: divide $m$ by $1 - \beta_1^t$ and $v$ by $1 - \beta_2^t$. This is *bias correction*. What happens
+The remedy is plain: divide $m$ by $1 - \beta_1^t$ and $v$ by $1 - \beta_2^t$. This is *bias correction*. The whole
+step, with a small $\epsilon$ that keeps us from dividing by 0 and a *decay* $\lambda$ that comes below, is
+
+$$ \boxed{\; p \leftarrow (1-\eta\lambda)\,p - \eta\,\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)}+\epsilon} \;} $$
+ What happens
 without it? $m$ is too small at first, and so is $v$. But $\beta_2 = 0.999$ is slower than $\beta_1$, and $\sqrt v$
 stands in the denominator.
 
@@ -81,7 +85,7 @@ gradients = 0.3 + noise
 right.plot(steps(gradients), color=GREEN, linewidth=3, label="gradients of size 1")
 right.plot(steps(1e-4 * gradients), color="black", linewidth=0.7, label="the same, times 0.0001")
 right.axhline(0, color=GREY, linewidth=1)
-right.set(xlabel="step", title="The gradient is 0.3 plus noise", ylim=(-1.1, 1.1))
+right.set(xlabel="step", ylabel="step / learning rate", title="The gradient is 0.3 plus noise", ylim=(-1.1, 1.1))
 right.legend(frameon=False, loc="lower right")
 save_figure(figure, "08_step_size")
 
@@ -89,22 +93,23 @@ save_figure(figure, "08_step_size")
 r"""
 ![Step length against step number, with and without correction, and for noisy gradients](figures/08_step_size.png)
 
-Left: without correction the steps are up to six times too long, and it takes a thousand steps until they are right.
-This happens at the start, when the gradients are worst. Right: two gradients that differ by a factor of 10,000 lead to
-the same steps; the thin line lies on the thick one. Since 0.3 is small beside the noise, the steps are well below 1,
-and wander around 0.3.
+Left: without correction the steps are up to six and a half times too long, and after a thousand steps still a quarter
+($1/\sqrt{1-0.999^{1000}} = 1.26$). This happens at the start, when the weights can least afford it. Right: two
+gradients that differ by a factor of 10,000 lead to the same steps; the thin line lies on the thick one. Since 0.3 is
+small beside the noise, most steps are well below 1.
 
-In a loss curve you will not see a missing correction: warmup (lesson 09) hides it. It is one of the bugs that only
-a test finds.
+A warmup (lesson 09) often hides a missing correction: at a moderate learning rate a small GPT ends no worse without it.
+At a high one it ends much worse, and one would blame the rate. A test of a single step finds it at once.
 
 ## Decay, and what it must not be divided by
 
-Weights that nothing holds in place should shrink towards zero. The classic way adds $\lambda p$ to the gradient ("L2").
-With Adam this goes wrong: what is added to $g$ is divided by $\sqrt v$ like the rest. A weight with large gradients
-then decays little, and one with small gradients decays a lot.
+A weight that the data do not need should not stay where chance has put it: large weights that nothing asks for make a
+model worse on fresh text. So all weights are pulled a little towards zero (lesson 12 measures what that buys). The
+classic way adds $\lambda p$ to the gradient ("L2"). With Adam this goes wrong: what is added to $g$ is divided by
+$\sqrt v$ like the rest. A weight with large gradients then decays little, and one with small gradients decays a lot.
 
 AdamW (Loshchilov and Hutter, 2019) shrinks the weight directly, past the division: $p \leftarrow (1 - \eta\lambda)\,p$.
-It is called *decoupled*. Two weights that start at 1, with gradients of pure noise, 1 and 0.01 in size:
+It is called *decoupled*. Two weights that start at 1, with gradients of pure noise, 10 and 0.1 in size:
 """
 
 
@@ -124,7 +129,7 @@ def adamw_step(p, g, m, v, t, lr, b1=0.9, b2=0.999, eps=1e-8, decay=0.0, coupled
 for coupled in (True, False):
     p, m, v = np.ones((2, 500)), np.zeros((2, 500)), np.zeros((2, 500))  # 500 copies, to average over the noise
     for t in range(1, 1001):
-        g = np.array([[1.0], [0.01]]) * rng.standard_normal((2, 500))
+        g = np.array([[10.0], [0.1]]) * rng.standard_normal((2, 500))
         p, m, v = adamw_step(p, g, m, v, t, lr=1e-3, decay=0.5, coupled=coupled)
     large, small = p.mean(axis=1)
     name = "coupled" if coupled else "decoupled"
@@ -137,9 +142,9 @@ r"""
 Decoupled, both weights shrink to 0.61 of what they were, as the formula says. Coupled, the decay of a weight depends on
 its gradients, which is not what anybody wanted.
 
-A trap in the literature: in the AdamW paper's algorithm the decay is $\lambda$ times the *schedule's factor* only,
-without the base learning rate. PyTorch, and tinylm with it, multiply by the whole learning rate. So a $\lambda$ from
-the one must be divided by the base learning rate, a factor of a thousand, to mean the same in the other.
+A trap in the literature: the AdamW paper shrinks by $1 - s\lambda$, where $s$ is what the schedule (lesson 09)
+multiplies the learning rate $\eta_0$ with. PyTorch, and tinylm with it, shrink by $1 - s\,\eta_0\,\lambda$. So the
+paper's $\lambda = 0.0005$ is $\lambda = 0.5$ in PyTorch if $\eta_0 = 0.001$: divide by $\eta_0$.
 
 ## The same thing in tinylm
 
@@ -170,12 +175,12 @@ r"""
 - **Resuming** needs $m$, $v$ and every $t$. Without them the first steps are those of a new run: too long, or too short
   (lesson 11).
 - **Adam hides errors of scale.** A loss that is 64 times too large changes nothing but clipping. To find such an error,
-  use plain SGD, where it shows.
+  use plain gradient descent (*SGD*, stochastic gradient descent, because the batches are random), where it shows.
 
 ## Exercises
 
 **08.1** (5 minutes, ★) A weight gets its first gradient, $g = 0.003$. With $\eta = 0.01$, $\beta_1 = 0.9$, $\beta_2 =
-0.999$ and bias correction, without decay, how far does it move? (Ignore eps.)
+0.999$ and bias correction, without decay, how far does it move? (A length; ignore eps.)
 """
 
 # %%
@@ -183,8 +188,8 @@ check("08.1", None)  # your number in the place of None
 
 # %% [markdown]
 r"""
-**08.2** (20 minutes, ★★) One whole step, with decoupled decay. `t` counts from 1. Return the new `p`, `m` and `v`; do
-not change the arguments.
+**08.2** (20 minutes, ★★) One whole step: first the decay, then the rest. `t` counts from 1. Return the new `p`, and the
+new `m` and `v`, which are not corrected. Do not change the arguments.
 """
 
 

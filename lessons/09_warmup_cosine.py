@@ -4,8 +4,8 @@ r"""
 
 **How large a step, when, and how does one find out?**
 
-About 50 minutes. You need lesson 08 (AdamW). Afterwards you can find a learning rate for a model of yours in a few
-minutes, and you know what a schedule buys.
+About 50 minutes. You need lesson 08 (AdamW). Afterwards you can find the range of a learning rate for a model of yours
+in a few minutes, and you know what a schedule buys.
 """
 
 # %%
@@ -43,10 +43,10 @@ while, falls, and ends gently.
 noise and cannot settle; with a small one they settle, but it takes long to get anywhere. So: large first, to travel,
 then small, to arrive.
 
-**Why warm up?** AdamW's first steps have the length $\eta$ in *every* weight, however unsure the gradient (lesson 08).
-GPT-2's weights begin with a standard deviation of 0.02. At $\eta = 0.02$ the very first step changes each weight by as
-much as the weight itself, in a direction that one batch has chosen. A warmup makes the first steps short, until the
-running means know something.
+**Why warm up?** AdamW's first step has the length $\eta$ in *every* weight, however unsure the gradient, and the next
+ones nearly (lesson 08). GPT-2's weights begin with a standard deviation of 0.02. At $\eta = 0.02$ the very first step
+changes each weight by as much as the weight itself, in a direction that one batch has chosen. A warmup makes the first
+steps short, until the running means know something.
 """
 
 
@@ -77,9 +77,9 @@ print("ours and tinylm's differ by at most", max(abs(a - b) for a, b in zip(ours
 r"""
 ## How to find a learning rate, in one run
 
-Too small a rate wastes time, and too large a one destroys the model. A quick way to see both limits (Smith, 2017): one
-short run in which the rate *rises* all the time, by the same factor at each step, from far too small to far too large.
-The loss falls, then faster, then it stops falling and climbs. A good peak is somewhat below the place where it turns.
+Too small a rate wastes time, and too large a one destroys the model. A quick way to see both limits (after Smith,
+2017): one short run in which the rate *rises* all the time, by the same factor at each step, from far too small to far
+too large. The loss falls, stays low for a while, and climbs.
 
 **Predict** where the loss of our small GPT is lowest in such a run, from $10^{-4}$ to 1 in 200 steps.
 """
@@ -113,19 +113,27 @@ left.text(22, 0.0002, "end of warmup", color=GREY)
 left.set(xlabel="step", ylabel="learning rate", title="The schedule", ylim=(0, 0.0065))
 right.semilogx(lr, loss, color=ORANGE, alpha=0.4)
 right.semilogx(lr[4:-4], smooth, color=ORANGE)
-bounds(right, language.V, language.entropy)
-right.set(xlabel="learning rate, rising", ylabel="loss (nats a token)", title="One run with a rising rate")
+right.axhline(math.log(language.V), color=GREY, linestyle="--", linewidth=1)
+right.text(1.1e-4, math.log(language.V) + 0.01, "ln V: guessing", color=GREY)
+right.axvspan(4e-3, 3e-2, color=GREY, alpha=0.15)
+right.set(
+    xlabel="learning rate, rising", ylabel="loss (nats a token)", title="One run with a rising rate", ylim=(1.6, 2.6)
+)
 save_figure(figure, "09_schedule")
 
 # %% [markdown]
 r"""
 ![The schedule; the loss of one run whose learning rate rises](figures/09_schedule.png)
 
+Right: the loss falls until about 0.004, is flat up to about 0.03, and then climbs above guessing. The run says "between
+0.004 and 0.03", and not more: where exactly the lowest point lies is noise. The next picture decides within that range.
+
 ## What does warmup buy? Ask many runs
 
 One run tells little: another seed may end elsewhere. To compare with and without warmup, one must give each its own
-best learning rate, and several seeds. That is 42 runs of 300 steps. They were recorded by `lessons/record.py`; here we
-draw them, and run one of them again.
+best learning rate, and several seeds. That is 42 runs of 300 steps. (With tinylm's defaults: $\beta_2 = 0.99$, a decay
+of 0.3, and clipping, lesson 10.) They were recorded by `lessons/record.py`; here we draw them, and run one of them
+again.
 
 **Predict** the best final loss without warmup. With it, the best is near 1.1; the floor is 0.80.
 """
@@ -169,19 +177,21 @@ assert abs(last.val_loss - recorded_losses(3e-3, 30)[0]) < 0.05
 r"""
 ![Final loss against the peak learning rate, with and without warmup](figures/09_rates.png)
 
-For small rates warmup changes nothing. It does not make a given run better; it makes *larger rates possible*, and the
-larger rate is what makes the run better. Who compares the two at one fixed, small rate concludes that warmup is
-useless. Who compares them at a large one concludes that it is everything. Both are wrong in the same way: **compare
-methods at the best setting of each**.
+At rates up to 0.01 warmup changes nothing. At 0.02 and 0.04 the runs without it fail, and with it 0.02 is the best of
+all. So it makes *larger rates possible*, and the larger rate is what makes the run better. Who compares the two at one
+small rate concludes that warmup is useless. Who compares them at a large one concludes that it is everything. Both are
+wrong in the same way: **compare methods at the best setting of each**. And look at the small dots: three seeds are few,
+and at 0.04 they lie far apart.
 
 ## In practice
 
-- **The optimum is flat on its left and steep on its right.** If you cannot search, choose the smaller rate.
+- **Too small a rate costs time, too large a one can cost the run.** Without warmup the loss jumps up just right of the
+  optimum. If you cannot search, choose the smaller rate.
 - **Count updates, not micro-batches.** With accumulation (lesson 10) a schedule that is stepped for each micro-batch is
   over after a fraction of the run.
 - **The rate belongs to the length.** The cosine is fitted to the planned steps. Stopping at half of it leaves the rate
-  high, and the loss is much worse than that of a run planned for half the steps. Extending a finished run raises the
-  rate again: exercise 09.4.
+  high, and, near the floor, the loss higher than that of a run planned for half the steps. Extending a finished run
+  raises the rate again: exercise 09.4.
 - **Wider models want smaller rates**, longer runs too. A rate found on a small model is a start, not an answer.
 
 ## Exercises

@@ -47,9 +47,9 @@ def clip(grads, largest):
 
 grads = [rng.standard_normal((20, 10)), 0.1 * rng.standard_normal(10)]
 clipped, norm = clip(grads, 1.0)
-print(
-    f"norm {norm:.2f} before, {clip(clipped, 1.0)[1]:.2f} after; small gradients stay:", clip([grads[1] * 0.01], 1.0)[1]
-)
+small = [grads[1] * 0.01]
+print(f"a large gradient: norm {norm:.2f} before, {clip(clipped, 1.0)[1]:.2f} after")
+print(f"a small one: {clip(small, 1.0)[1]:.4f} before, {clip(clip(small, 1.0)[0], 1.0)[1]:.4f} after")
 
 # %% [markdown]
 r"""
@@ -71,9 +71,10 @@ for name, changed in (("as a whole", clipped), ("tensor by tensor", each)):
 
 # %% [markdown]
 r"""
-What does AdamW make of it? It divides by the gradient's usual size, so multiplying *all* gradients by one number
-changes nothing (lesson 08). But clipping multiplies the large ones only. It lowers the weight of unusual batches, and
-what enters AdamW's memory never exceeds the limit. Let us look at a run. Its learning rate is on the high side.
+What does AdamW make of it? It divides by the gradient's usual size, so multiplying the gradients of *all steps* by one
+number changes nothing (lesson 08). But clipping multiplies those of a few steps only. It lowers the weight of unusual
+batches, and what enters AdamW's memory never exceeds the limit. Let us look at a run. Its learning rate is on the high
+side.
 """
 
 # %%
@@ -141,15 +142,15 @@ assert max(list(differences.values())[:2]) < 1e-5 < 1e-2 < min(list(differences.
 figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4), layout="constrained")
 left.plot(norms, color=ORANGE, label="norm of the gradient")
 left.plot(np.minimum(norms, 0.5), color=BLUE, label="after clipping at 0.5")
-left.set(xlabel="step", ylabel="norm", title="Clipping cuts the peaks", ylim=(0, None))
+left.set(xlabel="step", ylabel="norm", title="Clipping, mostly at the start", ylim=(0, None))
 left.legend(frameon=False)
 colours = [BLUE, BLUE, ORANGE, ORANGE]
-right.barh(list(differences), list(differences.values()), color=colours, left=1e-9)
+right.scatter(list(differences.values()), list(differences), color=colours, s=60)
 right.set(
     xscale="log", xlabel="relative difference from the full batch", title="The same step, in pieces", xlim=(1e-9, 10)
 )
 right.axvline(6e-8, color=GREY, linestyle="--", linewidth=1)
-right.text(8e-8, -0.5, "rounding of float32", color=GREY, va="bottom", fontsize=9)
+right.text(8e-8, -0.5, "one rounding of float32", color=GREY, va="bottom", fontsize=9)
 right.set_ylim(3.6, -0.9)
 save_figure(figure, "10_clipping_accumulation")
 
@@ -157,12 +158,15 @@ save_figure(figure, "10_clipping_accumulation")
 r"""
 ![Norms before and after clipping; a full batch against its pieces](figures/10_clipping_accumulation.png)
 
+Left: here the large gradients are those of the first twenty steps; later a few just exceed the limit. In long runs
+single peaks come too.
+
 Right: weighted by its share, the accumulated gradient is that of the full batch, up to the rounding of float32. Equal
 weights for unequal pieces are off by half the gradient's length, and the undivided sum by twice its length.
 
 Would you see it? With AdamW the factor of three is divided away again. Its only effect is that clipping sets in too
-early. The loss curve looks the same. This is why **equality is the test**: compute one step in two ways that must
-agree, and compare all gradients.
+early. The loss curve looks as it would with another seed. This is why **equality is the test**: compute one step in two
+ways that must agree, and compare all gradients.
 
 ## The same thing in tinylm
 
@@ -186,10 +190,11 @@ r"""
 - **Accumulate first, clip once.** Clipping each micro-batch changes the direction of their mean: exercise 10.4.
 - **Unscale before you clip.** With loss scaling (lesson 15) all gradients are too large by one factor, and would all be
   clipped.
-- **Small gradients are not scaled up.** `largest / norm` without `min(1, ...)` makes every step equally long. Training
-  goes on, and never settles.
-- **How often?** If nearly every step is clipped, the limit has become your learning rate: lower the learning rate, or
-  raise the limit. If none is, it costs nothing.
+- **Small gradients are not scaled up.** `largest / norm` without `min(1, ...)` makes every step equally long. Plain
+  gradient descent then never settles; with AdamW no curve shows it, only a test does.
+- **How often?** If nearly every step is clipped, all batches count alike, and the norm no longer warns you. With plain
+  gradient descent the limit has then become your learning rate; with AdamW its value cancels. If no step is clipped, it
+  costs nothing.
 - **Tokens, not sequences.** If some targets are ignored, the weight of a piece is its share of the *counted* tokens.
 
 ## Exercises
@@ -204,7 +209,7 @@ check("10.1", None)  # your number in the place of None
 # %% [markdown]
 r"""
 **10.2** (10 minutes, ★★) Clip the gradient that consists of the arrays `a` and `b`. Return the new `a` and `b`, and the
-norm before clipping. The gradient may be zero.
+norm before clipping. The gradient may be zero. (PyTorch adds 1e-6 to the norm before it divides; leave that out.)
 """
 
 

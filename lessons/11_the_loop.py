@@ -74,8 +74,10 @@ r"""
 The training loss is that of a single batch: it is noisy, and it is of text that the model learns from. To know how good
 the model is, take text that it never sees, and all of it, each token once. Two switches matter.
 
-- `model.eval()` turns dropout off; `model.train()` turns it on again. Forgetting the first makes the loss too high and
-  different each time. Forgetting the second trains on without dropout.
+- *Dropout* sets a tenth of the numbers inside this model to 0 at each training step, at random, and multiplies the
+  others by 1/0.9, so that the model relies on no single one. The random pattern is called the *mask*. `model.eval()`
+  turns dropout off; `model.train()` turns it on again. Forgetting the first makes the loss too high and different each
+  time. Forgetting the second trains on without dropout.
 - `no_grad()`: nothing is recorded, so no memory is kept for a backward that will not come.
 """
 
@@ -104,7 +106,7 @@ r"""
 ## What must be remembered
 
 Stop this run after 60 steps, save it, and go on later. What belongs into the file? The weights, clearly. We try four
-files, each of which lacks something else:
+files. The first has everything; each of the others lacks one thing:
 
 - **all**: the weights, AdamW's two moments and its $t$, the number of steps, and the state of the random numbers;
 - **no moments**: AdamW begins anew, with $m = v = 0$ and $t = 0$;
@@ -164,15 +166,10 @@ for name, forget in (("all", ()), ("no random state", ["random"]), ("no moments"
 # %%
 figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
 for (name, curve), colour in zip(curves.items(), (BLUE, GREEN, ORANGE, RED), strict=True):
-    axes.plot(range(60, 120), np.maximum(curve, 1e-8), color=colour, label=name, linewidth=3 if name == "all" else 1.2)
-axes.set(
-    yscale="log",
-    xlabel="step",
-    ylabel="|resumed - straight|",
-    title="The loss of a resumed run against an unbroken one",
-)
-axes.set_yticks([1e-8, 1e-6, 1e-4, 1e-2, 1], ["0", "1e-6", "1e-4", "1e-2", "1"])
-axes.legend(frameon=False, loc="center right")
+    axes.plot(range(60, 120), curve, color=colour, label=name, linewidth=3 if name == "all" else 1.2)
+axes.set_yscale("symlog", linthresh=1e-4)
+axes.set(xlabel="step", ylabel="|resumed - straight|", title="The loss of a resumed run against an unbroken one")
+axes.legend(frameon=False, loc=(0.75, 0.15))
 save_figure(figure, "11_resumed_minus_straight")
 
 # %% [markdown]
@@ -180,9 +177,10 @@ r"""
 ![Differences of the loss: exactly zero if everything is remembered](figures/11_resumed_minus_straight.png)
 
 The lowest line is at zero, exactly: bit for bit equal, in every weight. Not "about as good". **Equality is the test.**
-The other lines differ from the first step on. But look how small the differences are: a few hundredths in a loss of one
-and a half. In a loss curve you would not see that AdamW lost its memory, and no curve can show that the dropout masks
-were others.
+The other lines leave it at once ("no moments" one step later: its first loss is computed before its first update). But
+look how small the differences are: a few hundredths in a loss of 1.7. (Without its step the run sees other batches, so
+its line shows mostly the difference between batches.) In a loss curve you would not see that AdamW lost its memory, and
+no curve can show that the dropout masks were others.
 
 What makes equality possible is that nothing random has a hidden past. The batch of step 60 depends on the seed and on
 60; the dropout mask depends on a counter that is saved. A loop that draws batches from one long random stream would
@@ -193,8 +191,8 @@ have to save the stream's state, and one that reads a shuffled file, its place.
 Open `tinylm/training.py`. `train` is the loop, to be read from top to bottom; what it must remember is `TrainState`,
 and `state_dict()` returns all of it. It has what we left out: accumulation, threads, loss scaling, and a check of every
 loss and gradient. `tinylm/runs/checkpoint.py` writes it to disk. In a file there is one more danger: the power may fail
-*while* it is being written. So it is written under another name, flushed to the disk, and then renamed: a reader sees
-the old file or the new one, never half of one.
+*while* it is being written. So it is written under another name, flushed to the disk, and then renamed (`write_folder`
+in `tinylm/files.py`): a reader sees the old file or the new one, never half of one.
 """
 
 # %%
@@ -236,8 +234,8 @@ r"""
 
 ## Exercises
 
-**11.1** (4 minutes, ★) A model has 800,000 parameters in float32 and is trained by AdamW. How many MB (millions of
-bytes) of arrays does a checkpoint hold from which it can be resumed?
+**11.1** (4 minutes, ★) A model has 800,000 parameters in float32 and is trained by AdamW. How many MB (a million bytes
+each) of arrays does a checkpoint hold from which it can be resumed?
 """
 
 # %%
@@ -262,7 +260,8 @@ check("11.2", stops_at)
 # %% [markdown]
 r"""
 **11.3** (15 minutes, ★★★) *A derivation.* Saving takes `save` seconds, and the machine crashes once in `between`
-seconds, at random; then all work since the last save is lost. Which interval between saves loses the least time?
+seconds, at random; then all work since the last save is lost: half an interval, on average. Take `save` as short beside
+the interval. Which interval between saves loses the least time?
 """
 
 

@@ -28,7 +28,7 @@ rng = np.random.default_rng(0)
 r"""
 ## A model that can write
 
-We train a small GPT for 300 steps on the small English of lesson 03, character by character. Its entropy is 0.35 nats a
+We train a small GPT for 600 steps on the small English of lesson 03, character by character. Its entropy is 0.35 nats a
 character.
 """
 
@@ -39,7 +39,7 @@ tokenizer = CharTokenizer.of(text)
 tokens = tokenizer.encode(text)
 random.seed(0)
 model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, block_size=64, n_layer=2, n_head=4, n_embd=64))
-config = TrainConfig(steps=300, batch_size=12, lr=6e-3, warmup=30, eval_every=0)
+config = TrainConfig(steps=600, batch_size=12, lr=6e-3, warmup=30, eval_every=0)
 (*_, last) = train(TrainState(model, config), tokens[:55_000], tokens[55_000:])
 model.eval()
 print(f"loss on fresh text {last.val_loss:.2f}, entropy {language.entropy:.2f}")
@@ -53,8 +53,8 @@ The model returns V logits for the next symbol. To write means to draw a symbol,
 - **Temperature** $\tau$: divide the logits by $\tau$ before the softmax. At 1 the symbols are drawn as the model
   believes. Towards 0 the likeliest takes all ("greedy"). Above 1 the unlikely gain.
 - **Top-k**: only the k likeliest symbols; the others get the probability 0.
-- **Top-p** (Holtzman et al., 2020): the smallest set of symbols with a total probability of at least p. Where the model
-  is sure, this is one symbol; where it is not, many.
+- **Top-p** (Holtzman et al., 2020): of those left, the smallest set of symbols with a total probability of at least p.
+  Where the model is sure, this is one symbol; where it is not, many.
 
 Why cut the unlikely off at all? Each of them has little probability, but there are many. A model that is right 99 times
 in a hundred derails soon in a text of a thousand symbols, and what follows builds on the mistake.
@@ -69,6 +69,7 @@ def probabilities(logits, temperature=1.0, top_k=None, top_p=None):
     order = np.argsort(-p)  # the likeliest first
     if top_k is not None:
         p[order[top_k:]] = 0
+        p /= p.sum()
     if top_p is not None:
         before = p[order].cumsum() - p[order]  # the sum of those before it
         p[order[before >= top_p]] = 0
@@ -88,13 +89,16 @@ def write(prompt, n, **how):
     return tokenizer.decode(np.array(ids))
 
 
-for how in ({"temperature": 0.3}, {"temperature": 1.0}, {"temperature": 2.0}, {"temperature": 2.0, "top_p": 0.9}):
-    print(f"{how}\n    {write('the ', 90, **how)}")
+words = set(text.replace(".", " ").split())
+for how in ({"temperature": 0.3}, {"temperature": 1.0}, {"temperature": 2.0}, {"temperature": 2.0, "top_p": 0.5}):
+    sample = write("the ", 300, **how)
+    right = np.mean([word in words for word in sample.replace(".", " ").split()[:-1]])
+    print(f"{how}: {right:.0%} of the words are words\n    {sample[:90]}")
 
 # %% [markdown]
 r"""
-Read the four lines. At 0.3 the sentences are right, and alike. At 2 the spelling breaks down. The same temperature with
-top-p is readable again: most of the damage came from the tail.
+Read the four samples. At 0.3 the sentences are right, and alike. At 2 the spelling breaks down. The same temperature
+with top-p of 0.5 gives words again: the damage came from the unlikely symbols.
 
 There is no best setting. Low temperature: few errors, little variety, and larger models begin to repeat themselves.
 What one should *not* do is to judge a model by one sample; the loss judges it.
@@ -163,9 +167,11 @@ save_figure(figure, "13_cache_and_temperature")
 r"""
 ![Time of each symbol with and without cache; probabilities at three temperatures](figures/13_cache_and_temperature.png)
 
-Left: without a cache each symbol costs more than the one before it. With it, the time hardly grows: the few dot
-products with older keys are little beside the weights that must be read anyway. And the logits are the same, up to
-rounding. **Equality is the test** here too: a cache that forgets to advance the position by one writes fluent nonsense.
+Left: without a cache each symbol costs more than the one before it. With it, the time hardly grows. In a model this
+small most of it is what Python needs to call some hundred operations; in a large one it is the time to read all weights
+once. In both, the dot products with older keys are little beside it. And the logits are the same, up to rounding.
+**Equality is the test** here too: a cache whose positions are one too small may well write the same text. Only the
+logits tell.
 
 The price is memory: two rows of C numbers for each position and each layer.
 
@@ -186,7 +192,8 @@ r"""
 ## In practice
 
 - **Beyond the block.** The model knows positions up to its block size. After that the oldest symbols must go, all
-  positions shift, and the cache is worthless: everything is computed anew. (Models with rotary positions can shift more
+  positions shift, and the cache is worthless: everything is computed anew. (tinylm drops a quarter of a block at once,
+  so that this happens rarely; our `write` drops one symbol at a time.) (Models with rotary positions can shift more
   cheaply.)
 - **Training mode.** Call `eval()` first: dropout in generation makes a good model stammer.
 - **Subtract the maximum** before `exp`, as always. At a temperature of 0.01 logits are a hundred times larger.
@@ -222,8 +229,8 @@ check("13.2", my_top_p)
 r"""
 **13.3** (15 minutes, ★★★) *A derivation.* One can draw without any cumulative sum: add the right noise to the logits,
 and take the largest. `logits` and `u` are (N, V), `u` uniform between 0 and 1. Return the N chosen indices, each drawn
-with the softmax's probabilities at `temperature`. (Hint of the derivation: $-\ln u$ is a waiting time. Use it so that a
-small `u` means a late symbol.)
+with the softmax's probabilities at `temperature`. (For the derivation: $-\ln u$ is a *waiting time*, longer than t with
+the probability $e^{-t}$.)
 """
 
 
@@ -238,7 +245,8 @@ check("13.3", draw_by_noise)
 # %% [markdown]
 r"""
 **13.4** (6 minutes, ★★) *To break.* This draw of a symbol from `p` with a uniform number `u` from [0, 1) may return
-`len(p)`, which is no symbol. Find `(p, u)`; `p` may be off by $10^{-6}$ in its sum, as numbers in a computer are.
+`len(p)`, which is no symbol. Find `(p, u)`, with two to ten probabilities above 0; their sum may be off by $10^{-6}$,
+as sums in a computer are.
 """
 
 

@@ -56,7 +56,7 @@ def write_folder(path: Path, content: dict[str, bytes]) -> None:
         path.parent.mkdir(parents=True)
     if path.is_symlink():
         raise NotADirectoryError(errno.ENOTDIR, "a link is in its place", str(path))
-    aside, replaced = (_aside(path) for _ in range(2))
+    aside, replaced = _aside(path), None
     try:
         aside.chmod(0o777 & ~_umask())
         for name, bytes_ in content.items():
@@ -66,6 +66,7 @@ def write_folder(path: Path, content: dict[str, bytes]) -> None:
                 os.fsync(file.fileno())
         sync(aside)
         if path.exists() and _only(path, content):
+            replaced = _aside(path)
             path.rename(replaced)
         if path.exists():  # it holds somebody else's files, which stay
             for name in content:
@@ -75,9 +76,9 @@ def write_folder(path: Path, content: dict[str, bytes]) -> None:
             aside.rename(path)
         sync(path.parent)
     finally:
-        if not path.exists() and any(replaced.iterdir()):  # interrupted between the two renames
+        if replaced is not None and not path.exists() and any(replaced.iterdir()):  # interrupted between two renames
             replaced.rename(path)
-        for each in (aside, replaced):
+        for each in filter(None, (aside, replaced)):
             shutil.rmtree(each, ignore_errors=True)
 
 
