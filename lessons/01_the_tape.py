@@ -340,8 +340,8 @@ check("01.3", divide_backward)
 # %% [markdown]
 r"""
 **01.4** (10 minutes, ★★★) *To break.* This walk visits each number once, and it begins at the end. But it goes in
-*breadth*: first the inputs of the last number, then their inputs, and so on. Find a tape (as in 01.2) on which it is
-wrong.
+*breadth*: first the inputs of the last number, then their inputs, and so on. Find a tape (as in 01.2) on which some
+gradient is wrong by more than 0.1.
 """
 
 

@@ -4,7 +4,7 @@ r"""
 
 **Why is the loss one op, and not a softmax and a logarithm?**
 
-About 55 minutes. You need lessons 00 (finite differences) and 01 (the tape). Afterwards you can derive the gradient
+About 60 minutes. You need lessons 00 (finite differences) and 01 (the tape). Afterwards you can derive the gradient
 that starts every backward of a language model, and say what a first loss should be.
 """
 

@@ -4,7 +4,7 @@ r"""
 
 **What exactly does a language model predict, and what does its loss mean?**
 
-About 55 minutes. You need to know what cross-entropy is (lesson 02). Afterwards you can cut a text into inputs and
+About 60 minutes. You need to know what cross-entropy is (lesson 02). Afterwards you can cut a text into inputs and
 targets without an off-by-one, and you know what a loss is to be compared with.
 """
 

@@ -4,7 +4,7 @@ r"""
 
 **Where do gradients add up?**
 
-About 55 minutes. You need lessons 00 and 01, lesson 02 (the gradient of cross-entropy) and matrix
+About 60 minutes. You need lessons 00 and 01, lesson 02 (the gradient of cross-entropy) and matrix
 products. Afterwards you can write the backward of a linear layer and of an embedding, and you have trained a first
 language model.
 """

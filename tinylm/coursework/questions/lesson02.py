@@ -31,6 +31,7 @@ q1 = Number(
     minutes=3,
     difficulty=1,
     answer=math.log(65),
+    rtol=5e-3,
     hints=(
         "An untrained model finds all characters about equally likely. What is the probability of the right one?",
         "The loss is minus the natural logarithm of that probability.",
@@ -108,6 +109,20 @@ def _(x, t):
 def _(x, t):
     e = np.exp(x - x.max())
     return (e / e.sum(axis=-1, keepdims=True) - one_hot(x, t)) / len(t)
+
+
+@q2.wrong("in two steps", "p of the target may be 0, and then -1 / p times p is NaN: put the two together on paper.")
+def _(x, t):
+    p = softmax(x)
+    dp = -one_hot(x, t) / p / len(t)
+    return p * (dp - (dp * p).sum(axis=-1, keepdims=True))
+
+
+@q2.wrong("subtracted in every row", "dx[:, t] -= 1 subtracts all targets from all rows: use dx[np.arange(N), t].")
+def _(x, t):
+    dx = softmax(x)
+    dx[:, t] -= 1
+    return dx / len(t)
 
 
 @q2.wrong("divided by all elements", "The mean is over the N rows, one loss each, not over the N V logits.")

@@ -141,7 +141,9 @@ def _(normal):
         yield f"{V} symbols", (p / p.sum(axis=1, keepdims=True),)
 
 
-@q3.wrong("all symbols equally often", "The rows count by how often their symbol occurs, the stationary shares pi.")
+@q3.wrong(
+    "all symbols equally often", "The rows count by how often their symbol occurs, the stationary shares pi = pi @ p."
+)
 def _(p):
     return row_entropies(p).mean()
 

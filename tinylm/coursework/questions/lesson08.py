@@ -20,6 +20,7 @@ q1 = Number(
     "whatever the gradient.",
 )
 q1.wrong("plain gradient descent", "That is lr times the gradient; AdamW divides by the gradient's size.")(0.01 * 0.003)
+q1.wrong("with its direction", "How far is asked: a length.")(-0.01)
 q1.wrong("no correction", "Without the correction the step is 0.1 / sqrt(0.001) times lr.")(0.01 * 0.1 / 0.001**0.5)
 q1.wrong("v is not corrected", "Both moments are corrected; here only m is.")(0.01 / 0.001**0.5)
 q1.wrong("m is not corrected", "Both moments are corrected; here only v is.")(0.01 * 0.1)

@@ -139,7 +139,7 @@ q4 = Break(
     "a run whose learning rate jumps when it is extended",
     minutes=5,
     difficulty=1,
-    takes="a tuple (done, before, after) of whole numbers with 0 <= done < before <= after <= 100,000",
+    takes="a tuple (done, before, after) of whole numbers, 0 <= done <= before <= after <= 100,000 and before > 0",
     hints=(
         "The cosine depends on the number of steps planned. What is the rate near the end of the plan?",
         "Near the end it is almost 0. With twice as many steps planned, the same step is in the middle.",
@@ -166,7 +166,7 @@ def jump(done, before, after):
 @q4.valid
 def _(done, before, after):
     whole = all(isinstance(n, int | np.integer) for n in (done, before, after))
-    return None if whole and 0 <= done < before <= after <= 100_000 else "the numbers do not fit"
+    return None if whole and 0 <= done <= before <= after <= 100_000 and before else "the numbers do not fit"
 
 
 q4.example = (90, 100, 200)

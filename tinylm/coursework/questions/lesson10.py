@@ -74,6 +74,19 @@ def _(a, b, largest):
     return a * largest / n, b * largest / n, n
 
 
+@q2.wrong("small gradients are scaled up", "The coefficient is never more than 1: small gradients stay as they are.")
+def _(a, b, largest):
+    n = norm(a, b)
+    return a * largest / (n or 1.0), b * largest / (n or 1.0), n
+
+
+@q2.wrong("1e-6 added to the norm", "PyTorch does this, to avoid 0 / 0; leave it out here.")
+def _(a, b, largest):
+    n = norm(a, b)
+    coefficient = min(1.0, largest / (n + 1e-6))
+    return a * coefficient, b * coefficient, n
+
+
 @q2.wrong("element by element", "That limits each element, and so changes the direction; limit the norm.")
 def _(a, b, largest):
     return np.clip(a, -largest, largest), np.clip(b, -largest, largest), norm(a, b)

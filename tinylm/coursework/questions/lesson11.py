@@ -21,6 +21,7 @@ q1 = Number(
     why="Weights, exp_avg and exp_avg_sq: three float32 numbers a parameter, 12 bytes, so 9.6 MB. Gradients need not "
     "be saved, for the next step begins by computing them.",
 )
+q1.wrong("in bytes", "That is the number of bytes; a MB has a million.")(9.6e6)
 q1.wrong("the weights alone", "AdamW's two moments must be saved too, or the resumed run takes other steps.")(3.2)
 q1.wrong("gradients too", "Gradients need not be saved: the next step computes them anew.")(12.8)
 q1.wrong("one moment", "AdamW has two running means, of the gradient and of its square.")(6.4)

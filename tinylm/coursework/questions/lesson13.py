@@ -61,12 +61,16 @@ def _(normal):
     yield "four symbols", (np.array([0.1, 0.5, 0.15, 0.25]), 0.7)
     yield "a limit below the largest probability", (np.array([0.2, 0.7, 0.1]), 0.3)
     yield "a limit of 1", (np.array([0.3, 0.1, 0.6]), 1.0)
+    yield "a sum that is exactly the limit", (np.array([0.5, 0.25, 0.25]), 0.5)
     e = np.exp(normal(9))
     yield "nine symbols", (e / e.sum(), 0.8)
 
 
 q2.wrong("the symbol that crosses the limit is left out", "The kept symbols must have *at least* the mass `limit`.")(
     lambda p, limit: _top_p(p, limit, keep=lambda total, p, limit: total <= limit)
+)
+q2.wrong("the symbol that crosses the limit is left out", "Where that leaves nothing, you divide 0 by 0.")(
+    lambda p, limit: (q := _top_p(p, limit, keep=lambda total, p, limit: total <= limit, normalise=False)) / q.sum()
 )
 q2.wrong("not divided by the sum", "What is kept must sum to 1 again.")(
     lambda p, limit: _top_p(p, limit, normalise=False)
@@ -118,7 +122,7 @@ def _(normal):
 q3.wrong("multiplied by the temperature", "The logits are divided by the temperature.")(
     lambda logits, temperature, u: (logits * temperature - np.log(-np.log(u))).argmax(axis=-1)
 )
-q3.wrong("no temperature", "The logits are to be divided by the temperature.")(
+q3.wrong("no temperature", "Divide the logits alone: dividing logits plus noise changes no maximum.")(
     lambda logits, temperature, u: (logits - np.log(-np.log(u))).argmax(axis=-1)
 )
 q3.wrong("one logarithm", "The noise is -ln(-ln u), with two logarithms.")(
@@ -166,7 +170,7 @@ def draw_by_sums(p, u):
 @q4.valid
 def _(p, u):
     if p.ndim != 1 or not 2 <= p.size <= 10 or (p <= 0).any() or abs(p.sum() - 1) > 1e-6 or not 0 <= u < 1:
-        return "the numbers do not fit"
+        return "each probability must be above 0, their sum 1 up to 1e-6, and 0 <= u < 1"
     return None
 
 
