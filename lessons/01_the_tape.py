@@ -153,9 +153,9 @@ r"""
 
 ## It trains a network
 
-Forty lines are enough to train one. The network has one input, eight hidden numbers and one output, $y = \sum_j v_j
-\tanh(w_j x + b_j)$, and shall learn the sine from 20 points. Each step computes the loss, walks back, and moves every
-parameter a little against its gradient.
+Forty lines are enough to train one. The network has one input, eight hidden numbers and one output,
+$y = \sum_j v_j \tanh(w_j x + b_j)$, and shall learn the sine from 20 points. Each step computes the loss, walks back,
+and moves every parameter a little against its gradient.
 """
 
 # %%
@@ -309,9 +309,9 @@ check("01.1", None)  # your number in the place of None
 # %% [markdown]
 r"""
 **01.2** (15 minutes, ★★) A tape as plain data: a list with one entry for each number, in the order of computation. An
-entry is a list of pairs (index of an input, slope); a given number has an empty one. So `b = a + a; c = b + b` is `[[],
-[(0, 1.0), (0, 1.0)], [(1, 1.0), (1, 1.0)]]`. Return the gradients of the *last* number with respect to each of the
-numbers, as an array.
+entry is a list of pairs (index of an input, slope); a given number has an empty one. So `b = a + a; c = b + b` is
+`[[], [(0, 1.0), (0, 1.0)], [(1, 1.0), (1, 1.0)]]`. Return the gradients of the *last* number with respect to each of
+the numbers, as an array.
 """
 
 

@@ -105,9 +105,9 @@ that enters `exp` is 0. Without it `exp(1000)` is infinite, and `inf / inf` is N
 ## Why not in two steps?
 
 One could write a softmax, and then `-np.log(p[t])`. Each step has a backward of its own. That of the logarithm returns
-$-1/p_t$ for the right symbol and 0 for the others. For that of the softmax, note that $\ln p_j = x_j - \ln\sum_k
-e^{x_k}$ has the derivative $[\,i=j\,] - p_i$ with respect to $x_i$; times $p_j$, this is $\partial p_j/\partial x_i$.
-Summed over all j, $dx_i = \sum_j dp_j\,p_j\,([\,i=j\,] - p_i)$, or, for the whole row,
+$-1/p_t$ for the right symbol and 0 for the others. For that of the softmax, note that
+$\ln p_j = x_j - \ln\sum_k e^{x_k}$ has the derivative $[\,i=j\,] - p_i$ with respect to $x_i$; times $p_j$, this is
+$\partial p_j/\partial x_i$. Summed over all j, $dx_i = \sum_j dp_j\,p_j\,([\,i=j\,] - p_i)$, or, for the whole row,
 
 $$ dx = p\,\bigl(dp - \textstyle\sum_j dp_j\,p_j\bigr) . $$
 

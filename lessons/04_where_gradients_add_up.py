@@ -81,18 +81,18 @@ step costs about three forwards.
 
 ## Broadcasting
 
-NumPy adds a bias $b$ of shape (K,) to $Y$ of shape (N, K) by using it in each of the N rows. N uses, N gradients: `db =
-dY.sum(axis=0)`. In general NumPy stretches an array in two ways. It puts new axes in front, and it repeats axes of
-length 1. Backward sums over all axes along which something was repeated. In tinylm this happens in one place for all
+NumPy adds a bias $b$ of shape (K,) to $Y$ of shape (N, K) by using it in each of the N rows. N uses, N gradients:
+`db = dY.sum(axis=0)`. In general NumPy stretches an array in two ways. It puts new axes in front, and it repeats axes
+of length 1. Backward sums over all axes along which something was repeated. In tinylm this happens in one place for all
 ops (`unbroadcast` in `tinylm/autograd.py`), and exercise 04.3 is to write it.
 
 $dW = X^\top dY$ is the same rule: the sum over n is in the product.
 
 ## Embedding
 
-The first layer of a language model is a table $E$ with a row for each of the V tokens. A text of token ids $i_0, i_1,
-\dots$ becomes the rows $y_n = E[i_n]$: nothing is computed, rows are looked up. A token that occurs five times is
-looked up five times. So its row receives five gradients:
+The first layer of a language model is a table $E$ with a row for each of the V tokens. A text of token ids
+$i_0, i_1, \dots$ becomes the rows $y_n = E[i_n]$: nothing is computed, rows are looked up. A token that occurs five
+times is looked up five times. So its row receives five gradients:
 
 $$ dE_v = \sum_{n:\, i_n = v} dy_n . $$
 
@@ -113,9 +113,9 @@ times, and only the last write remains. `np.add.at` adds once for each occurrenc
 often tokens repeat. In the training below, with 20,000 places in a batch, the loss would stand still near its start.
 With batches of 64 places it would end a few hundredths higher, and nobody would see it.
 
-Another way to look at it: looking up a row is a product with a *one-hot* matrix $Z$, (N, V), which has a 1 at $(n,
-i_n)$ and 0 elsewhere: $Y = ZE$. Then the box says $dE = Z^\top dY$. It is the same sum; only nobody would multiply by
-so many zeros.
+Another way to look at it: looking up a row is a product with a *one-hot* matrix $Z$, (N, V), which has a 1 at
+$(n, i_n)$ and 0 elsewhere: $Y = ZE$. Then the box says $dE = Z^\top dY$. It is the same sum; only nobody would multiply
+by so many zeros.
 """
 
 # %%
@@ -232,8 +232,9 @@ print("".join(characters[i] for i in written[1:]))
 # %% [markdown]
 r"""
 It has the right letters, and common pairs such as "th" and "he". But it writes words of one letter, which the language
-does not have: who sees one character does not know how long the word is by now. The loss says the same: far below $\ln
-V$, far above the entropy. To come closer, the model must see more than one character. That is what attention is for.
+does not have: who sees one character does not know how long the word is by now. The loss says the same: far below
+$\ln V$, far above the entropy. To come closer, the model must see more than one character. That is what attention is
+for.
 
 ## The same thing in tinylm
 

@@ -106,16 +106,16 @@ $\mathrm{mean}(u\,\hat x) = 0$. Then, to first order,
 
 Neither $\mu$ nor $r$ changes, so $N$ only multiplies by $r$: $\hat x$ moves by $r\,u$.
 
-Now take any move $u$, and split it into three parts. The part of a vector $u$ along a vector $e$ is $e\,(u \cdot e)/(e
-\cdot e)$. Here $1 \cdot 1 = C$, $\hat x \cdot \hat x = C$ and $1 \cdot \hat x = 0$. So the part along $1$ is
-$\mathrm{mean}(u)$, the part along $\hat x$ is $\hat x\,\mathrm{mean}(u\,\hat x)$, and the rest is perpendicular to
-both. The first two change nothing, and the rest is multiplied by $r$:
+Now take any move $u$, and split it into three parts. The part of a vector $u$ along a vector $e$ is
+$e\,(u \cdot e)/(e \cdot e)$. Here $1 \cdot 1 = C$, $\hat x \cdot \hat x = C$ and $1 \cdot \hat x = 0$. So the part
+along $1$ is $\mathrm{mean}(u)$, the part along $\hat x$ is $\hat x\,\mathrm{mean}(u\,\hat x)$, and the rest is
+perpendicular to both. The first two change nothing, and the rest is multiplied by $r$:
 
 $$ \text{change of } \hat x = r\,\bigl(u - \mathrm{mean}(u) - \hat x\,\mathrm{mean}(u\,\hat x)\bigr). $$
 
 Let $g$ be the gradient that arrives at $\hat x$. The loss changes by $g$ times this change, summed over the row. In
-each product the mean can be moved from $u$ to $g$: $\sum g\,\mathrm{mean}(u) = \sum \mathrm{mean}(g)\,u$, and $\sum
-g\,\hat x\,\mathrm{mean}(u\,\hat x) = \sum \hat x\,\mathrm{mean}(g\,\hat x)\,u$. So the loss changes by
+each product the mean can be moved from $u$ to $g$: $\sum g\,\mathrm{mean}(u) = \sum \mathrm{mean}(g)\,u$, and
+$\sum g\,\hat x\,\mathrm{mean}(u\,\hat x) = \sum \hat x\,\mathrm{mean}(g\,\hat x)\,u$. So the loss changes by
 
 $$ \sum r\,\bigl(g - \mathrm{mean}(g) - \hat x\,\mathrm{mean}(g\,\hat x)\bigr)\,u . $$
 
@@ -126,8 +126,9 @@ $$ \boxed{\; dx = r\,\bigl(g - \mathrm{mean}(g) - \hat x\,\mathrm{mean}(g\,\hat 
 That is the formula. Three terms: what came in, minus its part along $1$, minus its part along $\hat x$. We never
 differentiated a square root.
 
-With $\epsilon > 0$ a stretch is not quite invisible. Along $u = x - \mu$ the derivative of $N$ is then $r\,(1 - v
-r^2)\,(x - \mu)$. This is just what the formula above gives for that $u$, so the box holds for any $\epsilon$.
+With $\epsilon > 0$ a stretch is not quite invisible. Along $u = x - \mu$ the derivative of $N$ is then
+$r\,(1 - v r^2)\,(x - \mu)$. This is just what the formula above gives for that $u$, so the box holds for any
+$\epsilon$.
 
 It remains to go through $y = \hat x\,w + b$. Backwards, $g = dy\,w$. And $w_c$ and $b_c$ are used in every row, so
 their gradients add up over all rows, (B, T, C) to (C,):
@@ -322,9 +323,9 @@ check("05.2", layer_norm_backward)
 
 # %% [markdown]
 r"""
-**05.3** (15 minutes, ★★★) *A derivation.* RMS norm is $y = \hat x\,w$ with $\hat x = x / \sqrt{\mathrm{mean}(x^2) +
-\epsilon}$. Which changes of $x$ leave it as it is: a shift? A stretch around the mean? Multiplying all of $x$ by a
-number? Derive its `dx`, by the argument of this lesson.
+**05.3** (15 minutes, ★★★) *A derivation.* RMS norm is $y = \hat x\,w$ with
+$\hat x = x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$. Which changes of $x$ leave it as it is: a shift? A stretch around
+the mean? Multiplying all of $x$ by a number? Derive its `dx`, by the argument of this lesson.
 """
 
 

@@ -36,9 +36,9 @@ $$ S_{ts} = \frac{q_t \cdot k_s}{\sqrt D}, \qquad
    P_{ts} = \frac{e^{S_{ts}}}{\sum_{s' \le t} e^{S_{ts'}}} \;\; (s \le t), \qquad
    y_t = \sum_{s \le t} P_{ts}\, v_s . $$
 
-Where do the three vectors come from? From the row $x_t$ of the token, by three linear layers: $q_t = x_t W_q$, $k_t =
-x_t W_k$, $v_t = x_t W_v$. (GPT-2 does all three in one, named `c_attn`.) What the token looks for, what it offers and
-what it passes on are learned.
+Where do the three vectors come from? From the row $x_t$ of the token, by three linear layers: $q_t = x_t W_q$,
+$k_t = x_t W_k$, $v_t = x_t W_v$. (GPT-2 does all three in one, named `c_attn`.) What the token looks for, what it
+offers and what it passes on are learned.
 
 The sum stops at $s = t$. A position sees itself and what came before it, never what comes after: the model will be
 asked to predict that. This is what *causal* means. In matrices, for T positions and vectors of length D, with $Q$, $K$,

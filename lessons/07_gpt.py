@@ -187,8 +187,8 @@ between 4 and 8, which the model is not told, and repeats itself. Take `a b c d 
 not `c`. If a first layer has written into the place of `d` that `c` came before it, then a second layer can find this
 place, and read off `d`. With one layer there is no such direct way.
 
-**Predict** the final loss of a model with two layers. With one it is near 1 after 300 steps; guessing costs $\ln 16 =
-2.77$; perfect is near 0.
+**Predict** the final loss of a model with two layers. With one it is near 1 after 300 steps; guessing costs
+$\ln 16 = 2.77$; perfect is near 0.
 """
 
 # %%

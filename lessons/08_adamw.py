@@ -179,8 +179,8 @@ r"""
 
 ## Exercises
 
-**08.1** (5 minutes, ★) A weight gets its first gradient, $g = 0.003$. With $\eta = 0.01$, $\beta_1 = 0.9$, $\beta_2 =
-0.999$ and bias correction, without decay, how far does it move? (A length; ignore eps.)
+**08.1** (5 minutes, ★) A weight gets its first gradient, $g = 0.003$. With $\eta = 0.01$, $\beta_1 = 0.9$,
+$\beta_2 = 0.999$ and bias correction, without decay, how far does it move? (A length; ignore eps.)
 """
 
 # %%
@@ -203,9 +203,9 @@ check("08.2", my_adamw_step)
 
 # %% [markdown]
 r"""
-**08.3** (15 minutes, ★★★) *A derivation.* Suppose that $\beta$ changes from step to step: $m \leftarrow \beta_i m + (1
-- \beta_i)\,g_i$, from $m = 0$. By what must $m$ be divided after all these steps, so that it is a true mean? `betas` is
-the array of all $\beta_i$.
+**08.3** (15 minutes, ★★★) *A derivation.* Suppose that $\beta$ changes from step to step:
+$m \leftarrow \beta_i m + (1 - \beta_i)\,g_i$, from $m = 0$. By what must $m$ be divided after all these steps, so that
+it is a true mean? `betas` is the array of all $\beta_i$.
 """
 
 

@@ -229,8 +229,8 @@ check("16.3", best_group)
 # %% [markdown]
 r"""
 **16.4** (6 minutes, ★) *To break.* The loss is the sum of $(x \cdot \mathrm{mask})^2$, with dropout at `rate`. This
-function recomputes forward before backward, and draws the mask again, but does not restore the random state. Find `(x,
-rate)` for which its gradient is wrong by more than 0.1.
+function recomputes forward before backward, and draws the mask again, but does not restore the random state. Find
+`(x, rate)` for which its gradient is wrong by more than 0.1.
 """
 
 

@@ -89,6 +89,8 @@ def test_a_lesson_has_its_form(lesson):
     for path in re.findall(r"`((?:tinylm|examples|lessons)/[\w/]*\.?\w*)`", prose):
         assert (FOLDER.parent / path).exists(), path
     assert "\\\\" not in prose  # in a raw string, LaTeX has one backslash
+    for line in re.sub(r"\$\$.*?\$\$", "", prose, flags=re.S).splitlines():
+        assert line.count("$") % 2 == 0, line  # some renderers want a formula on one line
 
 
 @EACH

@@ -38,9 +38,10 @@ check("05.2", layer_norm_backward)
 
 # %% [markdown]
 r"""
-**05.3** RMS norm does not subtract the mean, so a shift is visible. A stretch, $x \to a\,x$, is not. So $dx \cdot x =
-0$, and one direction is removed, $\hat x$. For a $u$ perpendicular to $x$ the root mean square does not change to first
-order, so $N(x + u) = N(x) + r\,u$. Hence $dx = r\,(g - \hat x\,\mathrm{mean}(g\,\hat x))$ with $g = dy\,w$: two terms.
+**05.3** RMS norm does not subtract the mean, so a shift is visible. A stretch, $x \to a\,x$, is not. So
+$dx \cdot x = 0$, and one direction is removed, $\hat x$. For a $u$ perpendicular to $x$ the root mean square does not
+change to first order, so $N(x + u) = N(x) + r\,u$. Hence $dx = r\,(g - \hat x\,\mathrm{mean}(g\,\hat x))$ with
+$g = dy\,w$: two terms.
 """
 
 
