@@ -262,8 +262,8 @@ assert min(right_place) > 0.6
 
 # %% [markdown]
 r"""
-So it is. The second layer looks nearly only at places that hold the answer, and it can find them because the first layer
-has told each place what stood before it.
+So it is. The second layer looks nearly only at places that hold the answer, and it can find them because the first
+layer has told each place what stood before it.
 
 ## In practice
 
