@@ -13,10 +13,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from tinylm import GPT, GPTConfig, ops, random
+from tinylm import GPT, GPTConfig, nn, ops, random
 from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREEN, GREY, ORANGE, save_figure
 from tinylm.data import CharTokenizer, Sentences, get_batch
+from tinylm.optim import SGD
 from tinylm.precision import GradScaler
 from tinylm.training import TrainConfig, TrainState, train
 
@@ -79,6 +80,7 @@ hidden = state.model.hidden(x)
 logits = ops.linear(hidden, state.model.transformer.wte.weight)
 hidden.retain_grad()
 logits.retain_grad()
+state.optimizer.zero_grad()
 ops.cross_entropy(logits, y).backward()
 gradients = {
     "logits": logits.grad.ravel(),
@@ -122,11 +124,14 @@ class Scaler:
 
 
 rng = np.random.default_rng(0)
+weight = nn.Parameter(np.zeros(20))
+optimizer = SGD([weight])
 ours, theirs = Scaler(2.0**16, interval=3), GradScaler(2.0**16, growth_interval=3)
 for _ in range(40):
     with np.errstate(over="ignore"):
         g = np.float16(ours.scale * 0.1 * rng.standard_normal(20))
-    theirs._found_inf = not np.isfinite(g).all()  # what its unscale_ would have found
+    weight.grad = g.astype(np.float32)
+    theirs.step(optimizer)
     theirs.update()
     ours.step([g])
     assert ours.scale == theirs.get_scale()
