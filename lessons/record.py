@@ -16,7 +16,7 @@ from threadpoolctl import threadpool_limits
 from tinylm import GPT, GPTConfig, override, random
 from tinylm.data import Markov
 from tinylm.ops.layer_norm import LayerNorm
-from tinylm.training import TrainConfig, TrainState, train
+from tinylm.training import TrainConfig, TrainState, evaluate, train
 
 FOLDER = Path(__file__).parent / "recorded"
 LANGUAGE = Markov()
@@ -70,7 +70,42 @@ def rates() -> dict[str, Any]:
     return {"model": model, "training": training, "entropy": LANGUAGE.entropy, "points": points}
 
 
-RECORDS = {"05_truncated": truncated, "09_rates": rates}
+def gaps() -> dict[str, Any]:
+    """Lesson 12: losses on the training text and on fresh text, by the length of that text, and by remedy."""
+    model = {"vocab_size": 8, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
+    training = {"steps": 600, "batch_size": 16, "lr": 2e-2, "warmup": 30, "eval_every": 50}
+
+    def run(
+        length: int, seed: int, steps: int = 600, decay: float = 0.3, batch: int = 16, **shape: Any
+    ) -> dict[str, float]:
+        random.seed(seed)
+        gpt = GPT(GPTConfig(**{**model, **shape}))
+        config = TrainConfig(**{**training, "steps": steps, "batch_size": batch}, weight_decay=decay, seed=seed)
+        seen = [step.val_loss for step in train(TrainState(gpt, config), TRAIN[:length], FRESH) if step.val_loss]
+        on_text = evaluate(gpt.eval(), TRAIN[: min(length, 5000)], 16, 32)
+        return {"train": round(on_text, 4), "fresh": round(seen[-1], 4), "best": round(min(seen), 4)}
+
+    lengths, remedies = {}, {}
+    for length in (500, 1500, 5000, 20_000, 100_000):
+        lengths[str(length)] = [run(length, seed) for seed in (0, 1, 2)]
+        print(length, lengths[str(length)], flush=True)
+    for name, options in {
+        "nothing": {},
+        "dropout 0.1": {"dropout": 0.1},
+        "dropout 0.3": {"dropout": 0.3},
+        "weight decay 1": {"decay": 1.0},
+        "half as wide": {"n_embd": 16},
+        "one layer": {"n_layer": 1},
+        "batch of 64": {"batch": 64},
+    }.items():
+        remedies[name] = [run(1500, seed, **options) for seed in (0, 1, 2)]
+        print(name, remedies[name], flush=True)
+    remedies["stopping early"] = [{**each, "fresh": each["best"]} for each in remedies["nothing"]]
+    remedies["20,000 tokens"] = lengths["20000"]
+    return {"model": model, "training": training, "entropy": LANGUAGE.entropy, "lengths": lengths, "remedies": remedies}
+
+
+RECORDS = {"05_truncated": truncated, "09_rates": rates, "12_gaps": gaps}
 
 
 def main() -> None:

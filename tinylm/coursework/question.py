@@ -216,18 +216,18 @@ class Function(Question):
     def compare(self, cases: Sequence[str], results: Sequence[Outputs]) -> Verdict:
         expected = self.run(self.answer)
         known = [(each, self.run(each.answer)) for each in self.wrongs]
-        right, missing, lines, mistakes = [], [], [], []
-        wrong: dict[int, Comparison] = {}
+        missing, lines, mistakes = [], [], []
+        compared: dict[int, Comparison] = {}
         for k, name in enumerate(self.returns):
             mine = [a for r in results if (a := r[k]) is not None]
             if len(mine) < len(results):
                 missing.append(name)
-            elif (got := Comparison(name, cases, mine, [r[k] for r in expected], self.rtol)).right:
-                right.append(name)
             else:
-                wrong[k] = got
-        # First the mistake that explains the most outputs.
-        known.sort(key=lambda pair: -sum(got.equals([r[k] for r in pair[1]]) for k, got in wrong.items()))
+                compared[k] = Comparison(name, cases, mine, [r[k] for r in expected], self.rtol)
+        right = [got.name for got in compared.values() if got.right]
+        wrong = {k: got for k, got in compared.items() if not got.right}
+        # First the mistake that explains the most of the answer, also of what is right.
+        known.sort(key=lambda pair: -sum(got.equals([r[k] for r in pair[1]]) for k, got in compared.items()))
         for k, got in wrong.items():
             name = self.returns[k]
             exchanged = [other.name for other in wrong.values() if got.equals(other.want)]
