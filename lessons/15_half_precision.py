@@ -91,15 +91,18 @@ small = (np.abs(gradients["logits"]) < 2.0**-14).mean()
 guess.measured(small)
 for name, g in gradients.items():
     lost, zero = (np.abs(g) < 2.0**-14).mean(), (np.float16(g) == 0).mean()
-    print(f"{name:17} below 2^-14: {lost:4.0%}, zero in float16: {zero:.1%}")
+    largest = np.log2(np.abs(g).max())
+    print(f"{name:17} below 2^-14: {lost:4.0%}, zero in float16: {zero:.1%}, largest 2^{largest:.0f}")
 
 # %% [markdown]
 r"""
 Most gradients of the logits are in the range where float16 loses digits, and some are lost altogether. In a larger
-batch each is smaller still. But look at the other end: the largest of all are near $2^{-4}$, and float16 goes up to
-$2^{16}$. There is room above. So **shift everything up**: multiply the loss by a large number S before backward. By the
-chain rule every gradient is then S times as large. Divide by S, in float32, before anything is done with it. This is
-*loss scaling* (Micikevicius et al., 2018).
+batch each is smaller still. But look at the other end: the largest of all, a weight's, is below 1, and float16 goes up
+to 65,504. There is room above. So **shift everything up**: multiply the loss by a large number S before backward. By
+the chain rule every gradient is then S times as large. Divide by S, in float32, before anything is done with it. This
+is *loss scaling* (Micikevicius et al., 2018). (In tinylm the logits' gradient is never stored: the loss goes on to the
+next gradients at once, in float32. The first ones that are rounded to float16 are the last activations', the second
+line above.)
 
 How large should S be? As large as possible, without overflow. That is found by trying. If any gradient comes out
 infinite or NaN, S was too large: skip this step, and halve S. After many good steps in a row, double it:
@@ -145,9 +148,10 @@ moments and its $t$ stay as they were.
 ## The same thing in tinylm
 
 Open `tinylm/precision.py`. `autocast("float16")` makes the ops that multiply matrices cast their inputs, and
-`GradScaler` is the class above, with PyTorch's names. The ops' own pages know nothing of float16: `tinylm/half.py`
-widens their inputs to float32 and rounds what comes out. On a CPU this saves memory, not time: the products are formed
-in float32 and rounded, as tensor cores do.
+`GradScaler` is the class above, with PyTorch's names. The files of the ops in `tinylm/ops` know nothing of float16:
+`tinylm/half.py` widens their inputs to float32 and rounds what comes out. On a CPU this saves memory, not time: each
+product is formed in float32 and then rounded. The *tensor cores* of a GPU, its units for matrix products, do the same,
+fast.
 
 Here is the run of above once more, in float16, with a scale that may double after ten good steps, so that one sees it
 work:
@@ -175,9 +179,10 @@ for at, told in ((-25, "zero"), (-14, "digits lost")):
     left.axvline(at, color=GREY, linestyle="--", linewidth=1)
     left.text(at - 0.3, left.get_ylim()[1] * 0.75, told, color=GREY, ha="right", rotation=90)
 left.set(xlabel="log2 of the gradient's size", ylabel="share", title="Gradients without scaling")
-left.legend(frameon=False, loc="upper left")
+left.legend(frameon=False, loc="upper right")
 right.step(range(len(scales)), np.log2(scales), where="post", color=BLUE, label="scale")
 right.plot(np.flatnonzero(skipped), np.log2(scales[skipped]), "x", color=ORANGE, markersize=9, label="skipped step")
+right.set_yticks(range(int(low), int(high) + 1))
 right.set(xlabel="step", ylabel="log2 of the loss scale", title="The scale looks for its limit")
 right.legend(frameon=False)
 save_figure(figure, "15_half_precision")
@@ -186,17 +191,22 @@ save_figure(figure, "15_half_precision")
 r"""
 ![Histogram of gradient sizes; the loss scale over 150 steps](figures/15_half_precision.png)
 
-Left: everything left of the second line loses digits; a scale of $2^{16}$ moves the whole picture 16 to the right.
-Right: the scale climbs until a step overflows, is halved, and climbs again. With an interval of 2,000 instead of ten,
-such a skipped step is rare.
+Left: everything left of the second line loses digits, and left of the first becomes 0; a scale of $2^{16}$ moves the
+whole picture 16 to the right. Right: the scale climbs until a step overflows, is halved, and climbs again. With an
+interval of 2,000 instead of ten, such a skipped step is rare.
+
+This small run would end as well without any scaling: its batch has only 512 tokens. A batch of a large run has a
+thousand times as many, and gradients so much smaller.
 
 ## In practice
 
-- **The order**: scale the loss, backward, *unscale*, clip, step. Clipping scaled gradients clips all of them (lesson
-  10). Never unscaling hides behind AdamW, which divides the scale away (lesson 08); only clipping, eps and the printed
-  norm betray it.
+- **The order**: scale the loss, backward, *unscale*, clip, step. If you clip before you unscale, every step is clipped,
+  since the norm is S times too large (lesson 10). If you forget to unscale altogether, AdamW hides it: it divides each
+  gradient by its usual size, and S with it (lesson 08). You notice it only by the clipping, by eps, and by the norm
+  that is printed.
 - **Sums, means, norms and losses in float32**: exercise 15.4. So are softmax and layer norm inside.
-- **Constants**: eps = $10^{-8}$ is 0 in float16, and a mask of $-10^9$ is $-\infty$.
+- **Constants**: $10^{-8}$ becomes 0 in float16, so such an eps protects from no division by 0. A mask of $-10^9$
+  becomes $-\infty$.
 - **Resuming**: the scale and its count belong to the state of a run (lesson 11).
 - **bfloat16** has 8 bits of exponent, as float32, and 7 of digits. It needs no scaler. Recent GPUs have it; NumPy does
   not.

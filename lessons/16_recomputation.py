@@ -40,8 +40,8 @@ GB of activations.
 
 Do not keep them. Keep only the *input* of each block, one array of shape (B, T, C), and forget what the block computed
 on its way. When backward arrives at the block, run its forward again, from that input, this time keeping everything;
-then go backward through it, and forget it all. At any moment the activations of *one* block are there, and L inputs
-(Chen et al., 2016). It is also called *checkpointing*.
+then go backward through it, and forget it all. At any moment the activations of *one* block are there, and at most L
+inputs (Chen et al., 2016). It is also called *checkpointing*.
 
 Here it is for a chain of layers $x \leftarrow \tanh(x W_i)$, in NumPy. `kept` counts the arrays that are held.
 """
@@ -59,7 +59,7 @@ def plain(x, dy):
         y = np.tanh(x @ w)
         saved.append((x, y))
         x = y
-    kept = 2 * len(saved)
+    kept = 1 + len(saved)  # x0, and each y, which is the x of the next layer: the same array
     grads = []
     for w in reversed(weights):
         x, y = saved.pop()
@@ -83,7 +83,7 @@ def recomputed(x, dy, group):
             y = np.tanh(x @ w)
             saved.append((x, y))
             x = y
-        most = max(most, len(inputs) + 2 * len(saved))
+        most = max(most, len(inputs) + len(saved))  # the first x is inputs[-1]; each y is the next x
         inputs.pop()
         for w in reversed(weights[start : start + group]):
             x, y = saved.pop()
@@ -106,8 +106,9 @@ r"""
 The gradients are not "close". They are the same numbers, since the same operations ran on the same numbers in the same
 order.
 
-Small groups keep many inputs, large groups keep many activations at once; the best is in between, at about
-$\sqrt L$ (exercise 16.3).
+Groups of one save nothing here, since a layer of this chain keeps no more than its input. (A block of a GPT keeps many
+times its input, as we shall see.) Small groups keep many inputs, large groups many activations at once; for this chain
+the best is $\sqrt L = 4$. In general it depends on the size of both: exercise 16.3.
 
 ## A GPT
 
@@ -180,9 +181,10 @@ tested.
 
 ## In practice
 
-- **Time.** One more forward: at most a third more of a step (exercise 16.1). What it buys is often a batch twice as
-  large.
-- **Where?** Recompute what is large and cheap. Attention's weights and GELU are; a matrix product is neither.
+- **Time.** One more forward of all blocks but the last group: about a third of a step if backward takes twice as long
+  as forward (exercise 16.1). What it buys is often a batch twice as large.
+- **Where?** Recompute what takes much memory and few FLOPs: attention's scores and softmax, and GELU. The products with
+  the large weight matrices take most of the time: keep what they give.
 - **First try the other ways**: a smaller micro-batch with accumulation (lesson 10) costs nothing in arithmetic, half
   precision (lesson 15) halves the activations.
 - **Equality is the test**, again. A recomputation with other masks trains, and its loss curve looks like any other.
@@ -190,7 +192,7 @@ tested.
 ## Exercises
 
 **16.1** (3 minutes, ★) Backward takes twice as long as forward. By what factor is a step longer if all of forward is
-recomputed?
+recomputed? Write a fraction, such as `5 / 2`.
 """
 
 # %%
@@ -198,9 +200,9 @@ check("16.1", None)  # your number in the place of None
 
 # %% [markdown]
 r"""
-**16.2** (12 minutes, ★★) `n` blocks are recomputed in groups of `k` (the last group may be smaller). The input of a
-block is an array of `b` numbers; the activations of a block are `a` numbers, its input not counted. How many numbers
-are held at the peak?
+**16.2** (12 minutes, ★★) `n` blocks are recomputed in groups of `k`, which divides `n`. The input of each group is
+kept: `b` numbers. While a group is recomputed, each of its blocks keeps `a` numbers more (what a block hands to the
+next one is counted in this `a`). The last group is recomputed like all others. How many numbers are held at the peak?
 """
 
 

