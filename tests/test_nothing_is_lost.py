@@ -644,6 +644,25 @@ def test_signals_at_many_random_moments(seed, nest, cwd, sixty):
     bombarded(seed, 30, nest, cwd, sixty)
 
 
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_while_an_object_is_released_is_no_traceback(number, tmp_path):
+    program = f"""
+import signal
+from tinylm import cli
+
+class Held:
+    def __del__(self):
+        signal.raise_signal({int(number)})
+
+def main():
+    held = Held()
+
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_ctrl_c_interrupts_when_asked_for_twice_and_only_once():
     ready, reached = True, False
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
+from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -85,8 +86,11 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
     ended = False
 
-    def end(number: int, _: object) -> None:
-        if not ended:  # more signals must not disturb the end
+    def end(number: int, frame: FrameType | None) -> None:
+        # Python only prints what is raised while an object is released: here, what `main` held at its end.
+        while frame is not None and frame.f_code.co_name != "__del__":
+            frame = frame.f_back
+        if not ended and frame is None:  # more signals must not disturb the end
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
     program = os.path.basename(sys.argv[0])

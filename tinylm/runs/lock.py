@@ -24,7 +24,8 @@ class Lock:
             os.close(self.descriptor)
         self.descriptor = None
 
-    __del__ = close
+    def __del__(self) -> None:
+        self.close()
 
 
 def lock(folder: Path) -> Lock:
