@@ -34,6 +34,17 @@ know about this step. The notes of all steps together are called the *tape*.
 creation = itertools.count()
 
 
+def newest_first(result):
+    """All that a result was computed from, itself included, the newest first."""
+    found, todo = {result}, [result]
+    while todo:
+        for x in todo.pop().inputs:
+            if x not in found:
+                found.add(x)
+                todo.append(x)
+    return sorted(found, key=lambda x: x.order, reverse=True)
+
+
 class Value:
     """A number that remembers its inputs, and its slope with respect to each of them."""
 
@@ -54,14 +65,8 @@ class Value:
 
     def backward(self):
         """Add to the `grad` of every number that this one was computed from. Once for each graph."""
-        found, todo = {self}, [self]
-        while todo:
-            for x in todo.pop().inputs:
-                if x not in found:
-                    found.add(x)
-                    todo.append(x)
         self.grad = 1.0
-        for y in sorted(found, key=lambda y: y.order, reverse=True):  # the newest first
+        for y in newest_first(self):
             for x, slope in zip(y.inputs, y.slopes, strict=True):
                 x.grad += slope * y.grad
 
@@ -236,14 +241,8 @@ class Array:
         return Array((x * x).mean(), (self,), lambda dy: (dy * 2 * x / x.size,))
 
     def backward(self):
-        found, todo = {self}, [self]
-        while todo:
-            for x in todo.pop().inputs:
-                if x not in found:
-                    found.add(x)
-                    todo.append(x)
         self.grad = np.ones_like(self.data)
-        for y in sorted(found, key=lambda y: y.order, reverse=True):
+        for y in newest_first(self):
             for x, dx in zip(y.inputs, y.to_inputs(y.grad) if y.inputs else (), strict=True):
                 x.grad = x.grad + dx
 

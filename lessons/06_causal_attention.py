@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 import tinylm
 from tinylm import GPT, GPTConfig, gradcheck, ops, random, tensor
 from tinylm.coursework import check, hint, predict
-from tinylm.coursework.figures import BLUE, ORANGE, save_figure
+from tinylm.coursework.figures import BLUE, ORANGE, bounds, save_figure
 from tinylm.optim import AdamW, clip_grad_norm_
 
 threadpool_limits(1)  # our matrices are small: several threads would wait for each other
@@ -303,9 +303,8 @@ q, k, v = np.split(qkv, 3, axis=-1)
 
 figure, (curve, *maps) = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
 curve.plot(losses, color=BLUE)
-curve.axhline(np.log(16), color="#666666", linestyle="--", linewidth=1)
-curve.text(99, np.log(16), "ln 16: guessing", ha="right", va="bottom", color="#666666")
-curve.set(xlabel="step", ylabel="loss in the second half (nats a token)", title="Learning to copy", ylim=(0, 3.1))
+bounds(curve, V=16)
+curve.set(xlabel="step", ylabel="loss in the second half (nats a token)", title="Learning to copy")
 for head, axes in enumerate(maps):
     own = slice(head * 24, head * 24 + 24)  # this head's channels
     p = attention(q[:, own], k[:, own], v[:, own])[1]

@@ -15,7 +15,7 @@ from threadpoolctl import threadpool_limits
 
 from tinylm import GPT, GPTConfig, no_grad, ops, random
 from tinylm.coursework import check, hint, predict
-from tinylm.coursework.figures import BLUE, GREY, ORANGE, save_figure
+from tinylm.coursework.figures import BLUE, ORANGE, bounds, save_figure
 from tinylm.optim import AdamW, clip_grad_norm_
 
 threadpool_limits(1)  # our matrices are small: several threads would wait for each other
@@ -221,10 +221,8 @@ assert curves[2][-20:].mean() < 0.5 < 0.8 < curves[1][-20:].mean()
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
 left.plot(one_batch, color=BLUE)
 for axes, V in ((left, 65), (right, 16)):
-    axes.axhline(np.log(V), color=GREY, linestyle="--", linewidth=1)
-    place = {"transform": axes.get_yaxis_transform(), "ha": "right", "va": "bottom", "color": GREY}
-    axes.text(0.99, np.log(V), f"ln {V} = {np.log(V):.2f}: guessing", **place)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", ylim=(0, np.log(V) * 1.15))
+    bounds(axes, V)
+    axes.set(xlabel="step", ylabel="loss (nats a token)")
 left.set_title("One batch by heart")
 for n_layer, colour in ((1, ORANGE), (2, BLUE)):
     right.plot(curves[n_layer], color=colour, label=f"{n_layer} layer" + "s" * (n_layer > 1))

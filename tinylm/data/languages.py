@@ -29,7 +29,7 @@ class Markov:
         self.V, self.p = V, weight / weight.sum(axis=2, keepdims=True)
 
         pair = np.full((V, V), 1 / V**2)  # the stationary distribution of two neighbours
-        for _ in range(10_000):
+        for _ in range(1000):
             pair = (pair + np.einsum("ab,abc->bc", pair, self.p)) / 2  # the mean: it converges if there is a period too
         log = np.log(self.p, out=np.zeros_like(self.p), where=self.p > 0)
         self.entropy = float(-(pair[:, :, None] * self.p * log).sum())
@@ -74,7 +74,7 @@ class Sentences:
         # Expected entropy (nats) and length (characters, each word with the space or full stop after it) of a symbol.
         # Both obey x = own + sum over rules of p * (x of its parts): iterate, since a subject may contain a subject.
         entropy, length = dict.fromkeys(self.RULES, 0.0), dict.fromkeys(self.RULES, 0.0)
-        for _ in range(1000):
+        for _ in range(100):
             for name, rule in self.RULES.items():
                 entropy[name] = sum(p * (-np.log(p) + sum(entropy.get(s, 0) for s in body.split())) for p, body in rule)
                 length[name] = sum(p * sum(length.get(s, len(s) + 1) for s in body.split()) for p, body in rule)
