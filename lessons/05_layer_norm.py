@@ -9,8 +9,6 @@ the backward of a normalisation in five lines, without differentiating a fractio
 """
 
 # %%
-import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +18,7 @@ import tinylm
 from tinylm import GPT, GPTConfig, gradcheck, ops, random, tensor
 from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, ORANGE, bounds, save_figure
+from tinylm.coursework.place import recorded
 from tinylm.data import Markov
 from tinylm.ops.layer_norm import LayerNorm
 from tinylm.training import TrainConfig, TrainState, train
@@ -236,12 +235,11 @@ with tinylm.override(LayerNorm, Truncated):
     truncated = losses()
 guess.measured(truncated[-1])
 print(f"right: {right[-1]:.2f}, truncated: {truncated[-1]:.2f}")
-here = Path(__file__).parent if "__file__" in globals() else Path()
-recorded = json.loads((here / "recorded" / "05_truncated.json").read_text())
+records = recorded("05_truncated")
 for name in ("right", "truncated"):
-    print(f"over five seeds, {name}: {min(recorded[name]):.2f} to {max(recorded[name]):.2f}")
+    print(f"over five seeds, {name}: {min(records[name]):.2f} to {max(records[name]):.2f}")
 assert right[-1] < 1.5 < truncated[-1]
-assert max(recorded["right"]) < min(recorded["truncated"])
+assert max(records["right"]) < min(records["truncated"])
 
 # %%
 x = rng.standard_normal((40, 64))

@@ -9,9 +9,7 @@ in a few minutes, and you know what a schedule buys.
 """
 
 # %%
-import json
 import math
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -20,6 +18,7 @@ from threadpoolctl import threadpool_limits
 from tinylm import GPT, GPTConfig, random
 from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREY, ORANGE, bounds, save_figure
+from tinylm.coursework.place import recorded
 from tinylm.data import Markov
 from tinylm.optim import warmup_cosine
 from tinylm.training import TrainConfig, TrainState, train
@@ -142,13 +141,12 @@ again.
 guess = predict("09.b", None, "best mean loss without warmup, nats a token")
 
 # %%
-here = Path(__file__).parent if "__file__" in globals() else Path()
-recorded = json.loads((here / "recorded" / "09_rates.json").read_text())
-rates = sorted({point["lr"] for point in recorded["points"]})
+records = recorded("09_rates")
+rates = sorted({point["lr"] for point in records["points"]})
 
 
 def recorded_losses(lr, warmup):
-    return [point["loss"] for point in recorded["points"] if (point["lr"], point["warmup"]) == (lr, warmup)]
+    return [point["loss"] for point in records["points"] if (point["lr"], point["warmup"]) == (lr, warmup)]
 
 
 figure, axes = plt.subplots(figsize=(7.5, 4.3), layout="constrained")
@@ -161,14 +159,14 @@ for warmup, colour in ((0, ORANGE), (30, BLUE)):
         axes.plot([lr] * 3, recorded_losses(lr, warmup), ".", color=colour, alpha=0.5)
     print(f"warmup {warmup:2}: best mean loss {min(means):.2f}, at a learning rate of {rates[int(np.argmin(means))]:g}")
 guess.measured(best[0])
-bounds(axes, language.V, recorded["entropy"])
+bounds(axes, language.V, records["entropy"])
 axes.set(xlabel="peak learning rate", ylabel="loss on fresh text (nats a token)", title="300 steps, three seeds each")
 axes.legend(frameon=False, loc="lower left")
 save_figure(figure, "09_rates")
 
 random.seed(0)
-model = GPT(GPTConfig(**recorded["model"]))
-config = TrainConfig(**recorded["training"], lr=3e-3, warmup=30, seed=0)
+model = GPT(GPTConfig(**records["model"]))
+config = TrainConfig(**records["training"], lr=3e-3, warmup=30, seed=0)
 (*_, last) = train(TrainState(model, config), train_tokens, fresh)
 print(f"run again: {last.val_loss:.3f}, recorded: {recorded_losses(3e-3, 30)[0]:.3f}")
 assert abs(last.val_loss - recorded_losses(3e-3, 30)[0]) < 0.05

@@ -9,8 +9,6 @@ against what is possible, and you know which remedies against memorising were se
 """
 
 # %%
-import json
-from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,6 +17,7 @@ from threadpoolctl import threadpool_limits
 from tinylm import GPT, GPTConfig, ops, random, tensor
 from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREY, ORANGE, bounds, save_figure
+from tinylm.coursework.place import recorded
 from tinylm.data import Markov
 from tinylm.training import TrainConfig, TrainState, evaluate, train
 
@@ -53,14 +52,13 @@ these down one by one.
 guess = predict("12.a", None, "loss on fresh text after 600 steps on 1,500 tokens, nats a token")
 
 # %%
-here = Path(__file__).parent if "__file__" in globals() else Path()
-recorded = json.loads((here / "recorded" / "12_gaps.json").read_text())
+records = recorded("12_gaps")
 language = Markov()
 text, fresh = language.tokens(100_000, seed=1), language.tokens(5_000, seed=2)
 
 random.seed(0)
-model = GPT(GPTConfig(**recorded["model"]))
-config = TrainConfig(**recorded["training"], seed=0)
+model = GPT(GPTConfig(**records["model"]))
+config = TrainConfig(**records["training"], seed=0)
 steps, on_fresh, on_text = [], [], []
 for step in train(TrainState(model, config), text[:1500], fresh):
     if step.val_loss is not None:
@@ -72,8 +70,8 @@ guess.measured(on_fresh[-1])
 best = int(np.argmin(on_fresh))
 print(f"at the end: training text {on_text[-1]:.2f}, fresh text {on_fresh[-1]:.2f}")
 print(f"fresh text was best at step {steps[best]}: {on_fresh[best]:.2f}")
-print(f"recorded: {recorded['lengths']['1500'][0]['fresh']:.2f}")
-assert abs(on_fresh[-1] - recorded["lengths"]["1500"][0]["fresh"]) < 0.15
+print(f"recorded: {records['lengths']['1500'][0]['fresh']:.2f}")
+assert abs(on_fresh[-1] - records["lengths"]["1500"][0]["fresh"]) < 0.15
 assert on_text[-1] < language.entropy < on_fresh[best] < on_fresh[-1]
 
 # %% [markdown]
@@ -91,7 +89,7 @@ curves.plot(steps, on_text, "o-", color=ORANGE, markersize=3, label="training te
 bounds(curves, language.V, language.entropy)
 curves.set(xlabel="step", ylabel="loss (nats a token)", title="1,500 tokens of training text")
 curves.legend(frameon=False, loc="lower left")
-lengths = sorted(map(int, recorded["lengths"]))
+lengths = sorted(map(int, records["lengths"]))
 
 
 def mean(runs, which):
@@ -99,7 +97,7 @@ def mean(runs, which):
 
 
 for which, colour, label in (("fresh", BLUE, "fresh text"), ("train", ORANGE, "training text")):
-    gap.semilogx(lengths, [mean(recorded["lengths"][str(n)], which) for n in lengths], "o-", color=colour, label=label)
+    gap.semilogx(lengths, [mean(records["lengths"][str(n)], which) for n in lengths], "o-", color=colour, label=label)
 bounds(gap, language.V, language.entropy)
 gap.set(
     xlabel="tokens of training text",
@@ -172,8 +170,8 @@ Every remedy on the 1,500 tokens, with three seeds each, against doing nothing.
 guess = predict("12.b", None, "best mean loss on fresh text among the remedies, nats a token")
 
 # %%
-remedies = {name: mean(runs, "fresh") for name, runs in recorded["remedies"].items()}
-spread = {name: np.ptp([run["fresh"] for run in runs]) for name, runs in recorded["remedies"].items()}
+remedies = {name: mean(runs, "fresh") for name, runs in records["remedies"].items()}
+spread = {name: np.ptp([run["fresh"] for run in runs]) for name, runs in records["remedies"].items()}
 order = sorted(remedies, key=remedies.get)
 guess.measured(min(value for name, value in remedies.items() if "tokens" not in name))
 for name in order:
@@ -181,7 +179,7 @@ for name in order:
 
 figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
 for i, name in enumerate(order):
-    values = [run["fresh"] for run in recorded["remedies"][name]]
+    values = [run["fresh"] for run in records["remedies"][name]]
     axes.plot(values, [i] * 3, "o", color=ORANGE if name == "nothing" else BLUE)
 axes.axvline(language.entropy, color=GREY, linestyle="--", linewidth=1)
 axes.text(language.entropy + 0.005, -0.75, "H", color=GREY)

@@ -10,7 +10,6 @@ cost, and you have seen how good your guesses have become.
 
 # %%
 import math
-from pathlib import Path
 from time import perf_counter
 
 import matplotlib.pyplot as plt
@@ -20,7 +19,7 @@ from threadpoolctl import threadpool_limits
 from tinylm import GPT, GPTConfig, estimate, random
 from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREY, bounds, save_figure
-from tinylm.coursework.predictions import FILE, read
+from tinylm.coursework.predictions import predictions
 from tinylm.data import CharTokenizer, Sentences
 from tinylm.memory import track_memory
 from tinylm.training import TrainConfig, TrainState, train
@@ -206,9 +205,7 @@ Each lesson asked you to predict. Here is what you have guessed, beside what was
 """
 
 # %%
-here = Path(__file__).parent if "__file__" in globals() else Path()
-known = read(here / FILE)
-for name, entry in known.items():
+for name, entry in predictions().items():
     guessed = "no guess" if entry.get("predicted") is None else f"guessed {entry['predicted']:,.6g}"
     measured = f"measured {entry['measured']:,.6g}" if isinstance(entry.get("measured"), float) else "not measured yet"
     print(f"{name}  {guessed:18}  {measured:18}  {entry['what']}")

@@ -1,11 +1,10 @@
 """The pictures of the lessons: where they go, and the lines that belong into each picture of a loss."""
 
 import math
-import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
 from ..draw import Picture
+from .place import folder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,25 +19,27 @@ def save_figure(figure: Union["Figure", Picture], name: str) -> None:
 
     In a notebook the folder is in the current one. If it cannot be written, this says so, and the lesson goes on.
     """
-    caller = sys._getframe(1).f_globals.get("__file__")
-    folder = (Path(caller).parent if caller else Path()) / "figures"
+    figures = folder() / "figures"
     try:
-        folder.mkdir(exist_ok=True)
+        figures.mkdir(exist_ok=True)
         if isinstance(figure, Picture):
-            path = folder / f"{name}.svg"
+            path = figures / f"{name}.svg"
             figure.save(path)
         else:
-            path = folder / f"{name}.png"
+            path = figures / f"{name}.png"
             figure.savefig(path, dpi=120, bbox_inches="tight")
-        print(f"picture: {folder.name}/{path.name}")
+        print(f"picture: {figures.name}/{path.name}")
     except OSError as error:
         print(f"picture {name} is not saved: {error}")
 
 
-def bounds(axes: "Axes", V: int, entropy: float) -> None:
-    """Draw the two losses between which a model of a language lies: ln V, guessing, and its entropy (nats a token)."""
+def bounds(axes: "Axes", V: int, entropy: float | None = None) -> None:
+    """Draw the losses between which a model of a language lies: ln V, guessing, and its entropy if that is known."""
     guessing = math.log(V)
-    for value, text in ((guessing, f"ln V = {guessing:.2f}: guessing"), (entropy, f"H = {entropy:.2f}: the floor")):
+    lines = {f"ln V = {guessing:.2f}: guessing": guessing}
+    if entropy is not None:
+        lines[f"H = {entropy:.2f}: the floor"] = entropy
+    for text, value in lines.items():
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
         axes.text(0.99, value, text, color=GREY, ha="right", va="bottom", transform=axes.get_yaxis_transform())
     axes.set_ylim(0, guessing * 1.15)

@@ -4,13 +4,13 @@ import fcntl
 import json
 import math
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
+from .place import folder
 from .values import describe, number
 
 FILE = "predictions.json"
@@ -52,9 +52,9 @@ class Prediction:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(place: Path) -> Iterator[None]:
     """Inside, no other process is: of two lessons that run at once, each keeps what the other wrote."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(place, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -76,6 +76,11 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return known
 
 
+def predictions() -> dict[str, dict[str, Any]]:
+    """All that are kept beside the lesson that calls this, as `read` returns them."""
+    return read(folder() / FILE)
+
+
 def predict(name: str, guess: float | None, what: str) -> Prediction:
     """Predict a number before it is computed; None for no prediction. `what` says what is predicted, with its unit.
 
@@ -89,8 +94,7 @@ def predict(name: str, guess: float | None, what: str) -> Prediction:
     value = None if guess is None or guess is Ellipsis else number(guess)
     if value is None and guess is not None and guess is not Ellipsis:
         raise TypeError(f'predict("{name}", ...) takes a number or None, not {describe(guess)}')
-    caller = sys._getframe(1).f_globals.get("__file__")
-    prediction = Prediction(name, what, value, Path(caller).parent / FILE if caller else Path(FILE))
+    prediction = Prediction(name, what, value, folder() / FILE)
     if value is not None:
         prediction.record()
     return prediction

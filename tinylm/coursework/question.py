@@ -24,6 +24,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,16 @@ class Function(Question):
         self.generate = generate
         return generate
 
+    def instead(self, **outputs: Callable[..., Any]) -> Callable[..., Any]:
+        """The reference, with other formulas, of its arguments, for some outputs: a wrong answer."""
+
+        @wraps(self.answer)
+        def answer(*args: Any) -> tuple[Any, ...]:
+            right = dict(zip(self.returns, self.answer(*args), strict=True))
+            return tuple({**right, **{name: formula(*args) for name, formula in outputs.items()}}.values())
+
+        return answer
+
     def inputs(self) -> list[tuple[str, tuple[Any, ...]]]:
         """All cases, the same each time."""
         rng = random.generator(*self.name.encode())
@@ -215,7 +226,6 @@ class Function(Question):
 
     def compare(self, cases: Sequence[str], results: Sequence[Outputs]) -> Verdict:
         expected = self.run(self.answer)
-        known = [(each, self.run(each.answer)) for each in self.wrongs]
         missing, lines, mistakes = [], [], []
         compared: dict[int, Comparison] = {}
         for k, name in enumerate(self.returns):
@@ -226,6 +236,7 @@ class Function(Question):
                 compared[k] = Comparison(name, cases, mine, [r[k] for r in expected], self.rtol)
         right = [got.name for got in compared.values() if got.right]
         wrong = {k: got for k, got in compared.items() if not got.right}
+        known = [(each, self.run(each.answer)) for each in self.wrongs] if wrong else []
         # First the mistake that explains the most of the answer, also of what is right.
         known.sort(key=lambda pair: -sum(got.equals([r[k] for r in pair[1]]) for k, got in compared.items()))
         for k, got in wrong.items():

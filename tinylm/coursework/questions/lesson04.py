@@ -55,36 +55,26 @@ def _(normal):
     yield "as many channels out as in", (normal(2, 3, 4), normal(2, 3, 4), normal(4, 4))
 
 
-def _one_output(**outputs):
-    """The reference with another formula, of dy, x and w, for one output."""
-
-    def answer(dy, x, w):
-        right = dict(zip(q2.returns, linear_backward(dy, x, w), strict=True))
-        return tuple({**right, **{name: f(dy, x, w) for name, f in outputs.items()}}.values())
-
-    return answer
-
-
 q2.wrong("w is not transposed", "y = x w, so dx = dy w^T.")(
-    _one_output(dx=lambda dy, x, w: dy @ w if w.shape[0] == w.shape[1] else np.zeros(1))
+    q2.instead(dx=lambda dy, x, w: dy @ w if w.shape[0] == w.shape[1] else np.zeros(1))
 )
 q2.wrong("transposed", "dw has w's shape (C, K), which is x^T dy, not dy^T x.")(
-    _one_output(dw=lambda dy, x, w: linear_backward(dy, x, w)[1].T)
+    q2.instead(dw=lambda dy, x, w: linear_backward(dy, x, w)[1].T)
 )
 q2.wrong("one dw for each sequence", "w serves every sequence: add up over the batch too.")(
-    _one_output(dw=lambda dy, x, w: x.swapaxes(-1, -2) @ dy)
+    q2.instead(dw=lambda dy, x, w: x.swapaxes(-1, -2) @ dy)
 )
 q2.wrong("a mean over the rows", "Each row's use of w and b adds to their gradients; a mean would divide it.")(
-    _one_output(
+    q2.instead(
         dw=lambda dy, x, w: linear_backward(dy, x, w)[1] * w.shape[0] / x.size,
         db=lambda dy, x, w: dy.reshape(-1, dy.shape[-1]).mean(axis=0),
     )
 )
 q2.wrong("db over the first axis only", "With dy of shape (B, T, K), add up over batch and time.")(
-    _one_output(db=lambda dy, x, w: dy.sum(axis=0))
+    q2.instead(db=lambda dy, x, w: dy.sum(axis=0))
 )
 q2.wrong("not summed", "b is used in every row, so its gradient is a sum over the rows.")(
-    _one_output(db=lambda dy, x, w: dy)
+    q2.instead(db=lambda dy, x, w: dy)
 )
 
 

@@ -119,10 +119,7 @@ q2.wrong("rstd is missing", "The factor rstd in front is missing.")(
     _changed(dx=lambda g, xhat, rstd: _formula(g, xhat, 1.0))
 )
 q2.wrong("w is missing", "The gradient arrives at xhat as g = dy w; this formula has dy for g.")(
-    lambda dy, x, w, eps: (
-        layer_norm_backward(dy, x, np.ones_like(w), eps)[0],
-        *layer_norm_backward(dy, x, w, eps)[1:],
-    )
+    q2.instead(dx=lambda dy, x, w, eps: layer_norm_backward(dy, x, np.ones_like(w), eps)[0])
 )
 q2.wrong("eps outside the root", "rstd is 1 / sqrt(var + eps), and not 1 / (sqrt(var) + eps).")(
     _changed(dx=_formula, dw=lambda dy, xhat, rows: (dy * xhat).sum(axis=rows), xhat=_eps_outside)
@@ -131,10 +128,7 @@ q2.wrong("divided by C - 1", "The variance divides by C; NumPy's ddof=1 and PyTo
     _changed(dx=_formula, dw=lambda dy, xhat, rows: (dy * xhat).sum(axis=rows), xhat=_sample_variance)
 )
 q2.wrong("w twice", "g = dy w holds w already: do not multiply by w again.")(
-    lambda dy, x, w, eps: (
-        layer_norm_backward(dy, x, w, eps)[0] * w,
-        *layer_norm_backward(dy, x, w, eps)[1:],
-    )
+    q2.instead(dx=lambda dy, x, w, eps: layer_norm_backward(dy, x, w, eps)[0] * w)
 )
 q2.wrong("x - mean in the place of xhat", "The third term is xhat mean(g xhat), and xhat is (x - mean) rstd.")(
     _changed(dx=lambda g, xhat, rstd: _formula(g, xhat / rstd, 1.0) * rstd)

@@ -90,16 +90,17 @@ def _but(**changed):
     return lambda dy, q, k, v: _backward(dy, q, k, v, **changed)
 
 
-def _one_output(**outputs):
-    """The reference with another formula, of dy, q, k, v, P and dS, for one output."""
+def _instead(**outputs):
+    """`q2.instead`, of formulas that take P and dS too."""
 
-    def answer(dy, q, k, v):
-        p = weights(q, k)
-        ds = _softmax_backward(p, dy @ v.T)
-        right = dict(zip(q2.returns, attention_backward(dy, q, k, v), strict=True))
-        return tuple({**right, **{name: f(dy, q, k, v, p, ds) for name, f in outputs.items()}}.values())
+    def with_weights(formula):
+        def answer(dy, q, k, v):
+            p = weights(q, k)
+            return formula(dy, q, k, v, p, _softmax_backward(p, dy @ v.T))
 
-    return answer
+        return answer
+
+    return q2.instead(**{name: with_weights(formula) for name, formula in outputs.items()})
 
 
 q2.wrong("no row sum in the softmax", "dS = P (dP - rowsum(dP P)); the second term is missing.")(
@@ -139,19 +140,19 @@ q2.wrong("the softmax along the queries", "Each *row* of P sums to 1: the softma
     )
 )
 q2.wrong("scaled twice", "1 / sqrt(D) belongs once into dq and once into dk: into dS, or into the products.")(
-    _one_output(
+    _instead(
         dq=lambda dy, q, k, v, p, ds: ds @ k / q.shape[1],
         dk=lambda dy, q, k, v, p, ds: ds.T @ q / q.shape[1],
     )
 )
 q2.wrong("dS is not transposed", "dk[s] collects from all queries t that saw key s: dS^T q.")(
-    _one_output(dk=lambda dy, q, k, v, p, ds: ds @ q / np.sqrt(q.shape[1]))
+    _instead(dk=lambda dy, q, k, v, p, ds: ds @ q / np.sqrt(q.shape[1]))
 )
 q2.wrong("P is not transposed", "dv[s] collects from all queries t that saw key s: P^T dy.")(
-    _one_output(dv=lambda dy, q, k, v, p, ds: p @ dy)
+    _instead(dv=lambda dy, q, k, v, p, ds: p @ dy)
 )
 q2.wrong("q and k exchanged", "dq is dS times the keys, and dk is dS^T times the queries.")(
-    _one_output(
+    _instead(
         dq=lambda dy, q, k, v, p, ds: ds @ q / np.sqrt(q.shape[1]),
         dk=lambda dy, q, k, v, p, ds: ds.T @ k / np.sqrt(q.shape[1]),
     )
