@@ -7,6 +7,7 @@ A lesson draws what was recorded, and runs one point of it again, which must lan
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from threadpoolctl import threadpool_limits
 
 from tinylm import GPT, GPTConfig, override, random
+from tinylm.coursework import bugs, clinic
 from tinylm.data import Markov
 from tinylm.ops.layer_norm import LayerNorm
 from tinylm.training import TrainConfig, TrainState, evaluate, train
@@ -105,7 +107,16 @@ def gaps() -> dict[str, Any]:
     return {"model": model, "training": training, "entropy": LANGUAGE.entropy, "lengths": lengths, "remedies": remedies}
 
 
-RECORDS = {"05_truncated": truncated, "09_rates": rates, "12_gaps": gaps}
+def broken() -> dict[str, Any]:
+    """Lesson 14, and the field guide: the logs of the sound run, "", and of one with each bug of the catalogue."""
+    runs = {}
+    for name in ("", *bugs.BUGS):
+        runs[name] = clinic.record(bugs.find(name))
+        print(name, runs[name]["fresh"][-1], flush=True)
+    return {"training": vars(bugs.Run.config), "runs": runs}
+
+
+RECORDS = {"05_truncated": truncated, "09_rates": rates, "12_gaps": gaps, clinic.RECORD: broken}
 
 
 def main() -> None:
@@ -117,6 +128,7 @@ def main() -> None:
     with threadpool_limits(1):  # small matrices: several threads would wait for each other
         for name in names:
             text = json.dumps(RECORDS[name](), indent=1)
+            text = re.sub(r"\[[^][{}]*\]", lambda row: " ".join(row[0].split()), text)  # a list of numbers: one line
             (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 

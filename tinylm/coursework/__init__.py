@@ -1,4 +1,4 @@
-"""Exercises that say which mistake an answer looks like, and predictions: what the lessons stand on.
+"""Exercises that say which mistake an answer looks like, predictions, a bug clinic: what the lessons stand on.
 
     from tinylm.coursework import check, hint, predict
 
@@ -12,11 +12,11 @@ import importlib
 import textwrap
 from typing import Any
 
-from . import questions
+from . import clinic, questions
 from .predictions import predict
 from .question import QUESTIONS, Question
 
-__all__ = ["check", "find", "hint", "predict"]
+__all__ = ["check", "clinic", "find", "hint", "predict"]
 
 _hints: dict[str, int] = {}  # how many hints of a question were given
 

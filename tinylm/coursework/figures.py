@@ -36,10 +36,10 @@ def save_figure(figure: Union["Figure", Picture], name: str) -> None:
 def bounds(axes: "Axes", V: int, entropy: float | None = None) -> None:
     """Draw the losses between which a model of a language lies: ln V, guessing, and its entropy if that is known."""
     guessing = math.log(V)
-    lines = {f"ln V = {guessing:.2f}: guessing": guessing}
+    lines = [(guessing, f"ln V = {guessing:.2f}: guessing", "bottom")]
     if entropy is not None:
-        lines[f"H = {entropy:.2f}: the floor"] = entropy
-    for text, value in lines.items():
+        lines.append((entropy, f"H = {entropy:.2f}: the floor", "top"))  # below it: the curves are above
+    for value, text, side in lines:
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-        axes.text(0.99, value, text, color=GREY, ha="right", va="bottom", transform=axes.get_yaxis_transform())
+        axes.text(0.99, value, text, color=GREY, ha="right", va=side, transform=axes.get_yaxis_transform())
     axes.set_ylim(0, guessing * 1.15)

@@ -52,7 +52,7 @@ def probe(function: Callable[["Subject"], tuple[str, str]]) -> Callable[..., Res
     @wraps(function)
     def call(state: TrainState, train_tokens: np.ndarray, val_tokens: Any = None, **loop: Any) -> Result:
         subject = Subject(state, train_tokens, val_tokens, **loop)
-        with threadpool_limits(1, "blas"), subject.unchanged():
+        with threadpool_limits(1, "blas"), np.errstate(over="ignore", invalid="ignore"), subject.unchanged():
             try:
                 return Result(function.__name__, *contextvars.copy_context().run(function, subject))
             except NotApplicable as why:
