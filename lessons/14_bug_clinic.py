@@ -66,7 +66,8 @@ save_figure(figure, "14_twelve")
 r"""
 ![The loss on fresh text of twelve broken runs, each over that of the sound run](figures/14_twelve.png)
 
-Blue is the broken run, grey the sound one, and the dashed line is $H$. Look at these before you read on. A few are clearly wrong. Of many you would be pleased.
+Blue is the broken run, grey the sound one, and the dashed line is $H$. A few are clearly wrong. With many you would be
+pleased.
 
 ## Probes
 

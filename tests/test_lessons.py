@@ -26,6 +26,12 @@ def asked(lesson):
     return [find(name) for name in re.findall(r'^check\("(.+?)"', lesson.path.read_text(encoding="utf-8"), re.M)]
 
 
+def pictures(code):
+    """The names of the pictures that a lesson saves, in order."""
+    saved = re.findall(r'save_figure\(\w+, "(.+?)"\)|clinic\.case\((\d+)\)', code)
+    return [name or f"14_case_{int(number):02}" for name, number in saved]
+
+
 def cells(lesson):
     """(the code, the prose) of a lesson."""
     text = lesson.path.read_text(encoding="utf-8")
@@ -80,7 +86,7 @@ def test_a_lesson_has_its_form(lesson):
     headings = re.findall(r"^## (.+)$", prose, re.M)
     for heading in ("The same thing in tinylm", "In practice", "Exercises", "Where to read on"):
         assert heading in headings
-    saved = re.findall(r'save_figure\(\w+, "(.+?)"\)', code)
+    saved = pictures(code)
     assert saved
     assert re.findall(r"!\[.+?\]\(figures/(.+?)\.(?:png|svg)\)", prose) == saved
     assert set(re.findall(r'predict\("(.+?)"', code)) == set(
@@ -145,7 +151,7 @@ def test_a_lesson_runs_in_its_time_and_draws_its_pictures(lesson, tmp_path):
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < CPU_SECONDS
     code, _ = cells(lesson)
-    for name in re.findall(r'save_figure\(\w+, "(.+?)"\)', code):
+    for name in pictures(code):
         if (graph := tmp_path / "figures" / f"{name}.svg").exists():
             assert graph.read_text().count("<rect") >= 3
             continue

@@ -7,22 +7,23 @@ without a probe. So ten probes are enough for all twelve.
 
 1. Both losses far below $H$: it sees its targets. `causality`: no causal mask.
 2. The learning rate is 0 from step 200 on. `schedule`: schedule stepped per micro-batch.
-3. Slow from the beginning, with large gradients: backward is suspect. `ops`: layer norm's backward without both
-   terms.
-4. The gradient's norm is three times that of the sound run, with three micro-batches. `accumulation`: accumulation
-   undivided.
-5. The loss on fresh text is above that on the training text, from the beginning: not memorising. `evaluation`:
-   dropout left on in evaluation.
-6. It stops far above $H$: part of what the language depends on is out of reach. `positions`: no positions.
-7. Float16, and a gradient norm of tens of thousands. `unscaling`: gradients never unscaled.
-8. The training loss near 0, fresh text above guessing, within 50 steps: it sees hardly any text. `batches`: the same
-   batch at each step.
-9. A little slow, and no more: the gradient of some parameter is suspect. `gradient`: tied weight gets one of its two
-   gradients.
-10. The loss jumps after step 300, where the run was resumed. `resuming`: optimizer state lost at resume.
-11. Both losses below $H$ together, and the model is causal: the texts overlap. `leakage`: validation text inside the
-   training text.
-12. Nothing; what is left is what changes little. `clipping`: clipping per tensor.
+3. Slow from the beginning, and larger gradients: backward is suspect. `ops`: layer norm's backward without both terms.
+4. The norm of the gradient is three times that of the sound run, and there are three micro-batches. `accumulation`:
+   accumulation undivided.
+5. In the other runs the training text, with its dropout, has a higher loss than fresh text. Here they are equal, so
+   fresh text has dropout too. `evaluation`: dropout left on in evaluation.
+6. It stops far above $H$: something that the language depends on is out of reach. `positions`: no positions.
+7. It is in float16, and the norm of the gradient is in the tens of thousands. `unscaling`: gradients never unscaled.
+8. The training loss is near 0 after 200 steps, and fresh text is worse than guessing: it has read hardly any text.
+   `batches`: the same batch at each step.
+9. A little slow, and the first gradients are smaller than those of the sound run: a part of some gradient is missing.
+   `gradient`: tied weight gets one of its two gradients.
+10. Nothing, before step 300 and after it. What is left is what happens only once. `resuming`: optimizer state lost at
+    resume.
+11. Fresh text is below $H$, and soon so; the model is causal, so the texts overlap. `leakage`: validation text inside
+    the training text.
+12. The norm is smaller than that of the sound run from the first step on, when the two models are still the same: it is
+    not the norm of the same thing. `clipping`: clipping per tensor.
 """
 
 # %%
