@@ -118,9 +118,9 @@ assert most > 100
 r"""
 ## What a call costs
 
-Three things are mixed up in this table: calls, arithmetic, and memory. First the calls. One on $n$ numbers takes about
-$t(n) = a + b\,n$, where $a$ is what Python and NumPy do before the first number: look up types, check shapes, make a
-result. At $n = a/b$, half of the time is overhead. A scalar pays $a$ for every number.
+Three things are mixed up in this table: calls, arithmetic, and memory. First the calls. A call on $n$ numbers takes
+about $t(n) = a + b\,n$, where $a$ is what Python and NumPy do before the first number: look up types, check shapes,
+make a result. At $n = a/b$, half of the time is overhead. A scalar pays $a$ for every number.
 """
 
 # %%
@@ -136,7 +136,7 @@ print(f"np.add: a = {a:.0f} ns a call, b = {b:.2f} ns a number, a/b = {a / b:,.0
 # %% [markdown]
 r"""
 Compare $a/b$ with the 128 numbers of a step on 8 tokens with 16 channels: that step is mostly calls. So a large batch
-pays, 64 times the tokens in as many calls; and one op is faster than the ten that *composed* makes of it.
+pays, 64 times the tokens in as many calls; and one op is faster than the many that *composed* makes of it.
 
 ## Two limits
 
@@ -223,7 +223,7 @@ it for a piece that fits into a cache, then for the next piece.
 ## A cache is a small, fast memory
 
 Beside each core are some 32 KB (L1) and 0.5 to 2 MB (L2), behind them megabytes that cores share (L3). What was used a
-moment ago is there, so eight passes over a *piece* go to memory about once. If it is too small, it is calls again.
+moment ago is there, so all passes over a *piece* go to memory about once. If it is too small, calls count again.
 """
 
 
@@ -347,7 +347,7 @@ assert (narrow * 0.5).dtype == np.float32 != (narrow * number).dtype
 r"""
 - **The first call** compiles, loads, fills caches and asks for memory. Do not count it.
 - **A single run.** Other programs run, and a hot processor is slower. Take turns; give the fastest or the median.
-- **float64 by accident**, from one NumPy number: twice the bytes, and half the speed.
+- **float64 by accident**, from one NumPy number: twice the bytes, and about half the speed.
 - **Copies** that nobody sees: a reshape of a transpose, `astype`, an index by an array.
 - **Too many threads**: workers that each start a BLAS with all cores wait for each other. Limit BLAS.
 - **The wrong part.** Look at the shares first. And a fast form may be wrong in a corner: exercise 17.4.

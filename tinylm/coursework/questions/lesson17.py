@@ -152,7 +152,7 @@ q3.wrong("two tiles", "The tile of the result needs room too: three tiles.")(lam
 q3.wrong("one tile", "Three tiles must be there: one of each factor, and one of the result.")(
     lambda P, W: 64 * (P / W) ** 2
 )
-q3.wrong("additions not counted", "A pair of tiles takes 2 b^3 FLOP: b / 4 FLOP per byte, not b / 8.")(
+q3.wrong("half the intensity", "A pair takes 2 b^3 FLOP and, as the result stays, 8 b^2 bytes: b / 4.")(
     lambda P, W: 768 * (P / W) ** 2
 )
 q3.wrong("one factor read", "Tiles of both factors come from memory: 2 b^2 numbers for 2 b^3 FLOP.")(
