@@ -145,28 +145,32 @@ def cache_needed(peak, bandwidth):
 def _(normal):
     yield "100 GFLOP/s and 20 GB/s", (100e9, 20e9)
     yield "30 GFLOP/s and 10 GB/s", (30e9, 10e9)
-    yield "an H100", (989e12, 3.35e12)
+    yield "a large GPU", (989e12, 3.35e12)
 
 
-q3.wrong("two tiles", "The tile of the result needs room too: three tiles.")(lambda P, W: 128 * (P / W) ** 2)
+q3.wrong("two tiles", "The tile of the result needs room too: three tiles.")(
+    lambda peak, bandwidth: 128 * (peak / bandwidth) ** 2
+)
 q3.wrong("one tile", "Three tiles must be there: one of each factor, and one of the result.")(
-    lambda P, W: 64 * (P / W) ** 2
+    lambda peak, bandwidth: 64 * (peak / bandwidth) ** 2
 )
 q3.wrong("half the intensity", "A pair takes 2 b^3 FLOP and, as the result stays, 8 b^2 bytes: b / 4.")(
-    lambda P, W: 768 * (P / W) ** 2
+    lambda peak, bandwidth: 768 * (peak / bandwidth) ** 2
 )
 q3.wrong("one factor read", "Tiles of both factors come from memory: 2 b^2 numbers for 2 b^3 FLOP.")(
-    lambda P, W: 48 * (P / W) ** 2
+    lambda peak, bandwidth: 48 * (peak / bandwidth) ** 2
 )
 q3.wrong("the result moved each time", "The result's tile stays in the cache: 2 b^2 numbers move for a pair.")(
-    lambda P, W: 432 * (P / W) ** 2
+    lambda peak, bandwidth: 432 * (peak / bandwidth) ** 2
 )
 q3.wrong("numbers for bytes in the intensity", "A number has 4 bytes: b / 4 FLOP per byte, not b FLOP per byte.")(
-    lambda P, W: 12 * (P / W) ** 2
+    lambda peak, bandwidth: 12 * (peak / bandwidth) ** 2
 )
-q3.wrong("the side of a tile", "That is b; three tiles have 3 b^2 numbers of 4 bytes.")(lambda P, W: 4 * P / W)
+q3.wrong("the side of a tile", "That is b; three tiles have 3 b^2 numbers of 4 bytes.")(
+    lambda peak, bandwidth: 4 * peak / bandwidth
+)
 q3.wrong("the ratio upside down", "Arithmetic is the limit from peak / bandwidth FLOP per byte on.")(
-    lambda P, W: 192 * (W / P) ** 2
+    lambda peak, bandwidth: 192 * (bandwidth / peak) ** 2
 )
 
 
