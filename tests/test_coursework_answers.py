@@ -125,6 +125,12 @@ def tape_by_all_paths(tape):
     return grads
 
 
+def merge_by_logarithms(m1, s1, y1, m2, s2, y2):
+    z1, z2 = m1 + np.log(s1), m2 + np.log(s2)
+    z, m = np.logaddexp(z1, z2), np.maximum(m1, m2)
+    return m, np.exp(z - m), np.exp(z1 - z) * y1 + np.exp(z2 - z) * y2
+
+
 def unbroadcast_by_loops(dy, shape):
     dx = np.zeros(shape)
     padded = (1,) * (dy.ndim - len(shape)) + tuple(shape)
@@ -222,6 +228,11 @@ RIGHT = {
         lambda dy, q, k, v, tau: float(
             np.vdot(jacobian_of_softmax(dy, q * tau * q.shape[1] ** 0.5, k, v)[0], q) * q.shape[1] ** 0.5
         ),
+    ],
+    "17.2": [merge_by_logarithms],
+    "17.3": [
+        lambda peak, bandwidth: 3 * 4 * (4 * peak / bandwidth) ** 2,
+        lambda peak, bandwidth: 192 * peak * peak / bandwidth / bandwidth,
     ],
 }
 

@@ -24,7 +24,7 @@ def _shipped(name: str) -> Path:
     return path
 
 
-def _example(name: str) -> Any:
+def example(name: str) -> Any:
     """An example program, as a module. Raises FileNotFoundError if the installation lacks it."""
     path = _shipped(f"examples/{name}")
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -36,17 +36,17 @@ def _example(name: str) -> Any:
 
 
 def _train() -> None:
-    _example("train_char.py").main()
+    example("train_char.py").main()
 
 
 def _generate() -> None:
-    _example("generate.py").main()
+    example("generate.py").main()
 
 
 def _estimate() -> None:
     from .estimate import main
 
-    main(_example("train_char.py"))
+    main(example("train_char.py"))
 
 
 def _prepare() -> None:
