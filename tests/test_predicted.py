@@ -120,6 +120,8 @@ def test_resuming_a_run_that_is_finished_keeps_what_was_measured(finished, tmp_p
     assert b'"tape"' in before
     assert example(tmp_path, "--resume").returncode == 0
     assert (tmp_path / "run" / "config.json").read_bytes() == before
+    assert example(tmp_path, "--resume", "--batch-size=3").returncode == 0  # no step of that size was made
+    assert table(tmp_path / "run")["peak of the tape"][1] is None
 
 
 # --- any run ------------------------------------------------------------------------------------------------------
@@ -140,7 +142,7 @@ def columns(seconds, tokens=96, first=1):
     return {
         "step": np.arange(first, first + n) * 1.0,
         "tokens": tokens * np.arange(1.0, n + 1),
-        "seconds": np.cumsum(seconds),
+        "seconds": np.nancumsum(seconds),
         "loss": np.full(n, 3.0),
         "tokens_per_second": tokens / np.array(seconds),
     }
@@ -192,6 +194,8 @@ def test_the_engine_of_the_run_counts_and_not_that_of_the_report():
         ([9.0, 0.5, 0.5, 0.5, 0.75, 0.75, 5.0], 10.0),  # or as many as take two seconds
         ([9.0, 1.0, 7.0, 1.0, 5.0], 20.0),  # the median
         ([9.0, 1.0, 1.0, 1.0], None),  # nothing to predict is left
+        ([9.0, 1.0, 1.0, 1.0, math.nan], None),  # a step that failed
+        ([9.0, 1.0, math.nan, 1.0, 1.0, 5.0], 20.0),
         ([0.1] * 15, None),
         ([9.0], None),
     ],
@@ -200,7 +204,7 @@ def test_the_time_is_predicted_from_the_first_steps(seconds, predicted):
     time = rows(CONFIG, columns(seconds))[-1]
     assert time["name"] == "time"
     assert time["predicted"] == (None if predicted is None else pytest.approx(predicted))
-    assert time["measured"] == pytest.approx(sum(seconds))
+    assert time["measured"] == pytest.approx(np.nansum(seconds))
 
 
 def test_numbers_that_a_run_did_not_record_are_not_shown():

@@ -79,7 +79,7 @@ def from_config(config: Mapping[str, Any]) -> dict[str, float]:
 def step_time(times: np.ndarray) -> float | None:
     """Seconds of a step, predicted from the first steps; None where there are no others."""
     some = estimate.first_steps(times)
-    return statistics.median(some[1:]) if 3 < len(some) < len(times) else None
+    return statistics.median(some[1:]) if len(some) < len(times) else None
 
 
 def _made(cls: type[Config], config: Mapping[str, Any]) -> Config | None:
