@@ -15,6 +15,8 @@ import os
 import re
 import shlex
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,14 @@ from tinylm.data import (
 )
 from tinylm.data.tokenizer import describe
 from tinylm.files import write_whole
+from tinylm.memory import track_memory
 from tinylm.parallel import available_cores
 from tinylm.runs import Run, newest_run, read_metrics
 from tinylm.runs.diagnosis import Monitor
 from tinylm.runs.plots import loss_curve
+from tinylm.runs.predicted import MEASURED
 from tinylm.runs.progress import Progress, tell_changes
-from tinylm.training import TrainConfig, TrainState, evaluate, train
+from tinylm.training import Step, TrainConfig, TrainState, evaluate, train
 
 # The flags that a resumed run keeps, besides those of the model and of the training.
 KEPT = ("data", "device", "save_every", "keep_last", "sample_tokens", "temperature", "top_k")
@@ -68,7 +72,8 @@ def main() -> None:
             if before is not None:
                 run.resume(state, tokenizer, data, tell=print)
                 tell_changes(before, config, state.step)
-                run.write_config(config)
+                # Where nothing has changed, what was measured stays.
+                run.write_config(before if {**before, **config} == before else config)
             else:
                 run.start(config, replace=bool(args.overwrite))
 
@@ -77,7 +82,7 @@ def main() -> None:
         print(f"model       {model.num_parameters():,} parameters")
         print(f"engine      {', '.join(engine)}", *notes, sep="\n")
         print(f"run         {run.folder}", flush=True)
-        loop(state, train_tokens, val_tokens, tokenizer, data, run, args)
+        loop(state, train_tokens, val_tokens, tokenizer, data, run, args, config)
         finish(state, val_tokens, tokenizer, run, args, config)
 
 
@@ -144,6 +149,7 @@ def loop(
     data: str,
     run: Run,
     args: Namespace,
+    config: dict[str, Any],
 ) -> None:
     """Train to the end, and write down and save what happens. Raises cli.Stopped after a signal, when all is saved."""
 
@@ -159,7 +165,7 @@ def loop(
         Progress(state.config.steps, state.step) as progress,
         run.keeping(state, save, progress.say),
     ):
-        for step in train(state, train_tokens, val_tokens):
+        for step in measured(train(state, train_tokens, val_tokens), state.model, run, config):
             with progress.disk_trouble("the metrics"):
                 for record in run.record(step):
                     for finding in monitor.update(record):
@@ -179,6 +185,18 @@ def loop(
             if asked:
                 stands = f"{progress.stands}; saved is step {step.step}, and --resume goes on from it"
                 raise cli.Stopped(asked, stands)  # run.keeping() sees to it that this is so
+
+
+def measured(steps: Iterator[Step], model: GPT, run: Run, config: dict[str, Any]) -> Iterator[Step]:
+    """The steps; what the first one took is written into the run's configuration, for the report."""
+    with track_memory(model) as memory:
+        first = list(itertools.islice(steps, 1))
+    if memory.peak.total:  # otherwise it was only the evaluation that a killed process did not come to
+        found = {"parameters": model.num_parameters(), "tape": memory.peak.total}
+        with suppress(OSError):  # a full disk: training goes on, and says so
+            run.write_config({**config, MEASURED: found})
+    yield from first
+    yield from steps
 
 
 def finish(

@@ -109,7 +109,8 @@ r"""
 ## The same thing in tinylm
 
 `tinylm/estimate.py` has these formulas with all that we left out: half precision, dropout, recomputation, the last
-norm, the loss. On the command line it is `tinylm estimate`, with the options of `tinylm train`.
+norm, the loss. On the command line it is `tinylm estimate`, with the options of `tinylm train`; the table "Predicted
+and measured" in a run's report (`tinylm report`) holds them against the run.
 
 ## Time
 

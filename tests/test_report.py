@@ -7,14 +7,17 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tinylm import GPTConfig
 from tinylm.runs.metrics import Log, read_samples
 from tinylm.runs.report import POINTS, curves, evenly, names, number, read_config, read_run, report
+from tinylm.training import TrainConfig
 
 EVIL = "</script><script>console.error('owned')</script><img src=//evil.example/x onerror=alert(1)><!--"
 CONFIG = {"data": None, "n_layer": 4, "lr": 1e-5, "clip": 1.0, "seed": 2**60, "model": {"bias": True}}
@@ -141,6 +144,7 @@ def test_what_a_run_brings_to_the_page(tmp_path):
         "data": "null", "n_layer": "4", "lr": "1e-05", "clip": "1.0", "seed": str(2**60), "model.bias": "true",
     }  # fmt: skip
     assert (shown["findings"], shown["notFinite"]) == ([], [])
+    assert {row["predicted"] for row in shown["predicted"]} == {None}  # it is no configuration of a GPT
     summary = shown["summary"]
     assert (summary["steps"], summary["tokens"], summary["seconds"], summary["bestStep"]) == (120, 7680, 1.2, 120)
     assert summary["val"] == summary["best"] == shown["val"][-1]
@@ -331,3 +335,45 @@ def test_a_browser_draws_a_run_of_nothing_but_null(tmp_path):
     assert console == []
     assert dom.split('id="data"')[0].count("Nothing was recorded.") == 4
     assert 'data-drawn="yes"' in dom
+
+
+GPT = {
+    **CONFIG, "engine": ["reference"], **asdict(GPTConfig(65, 16, 2, 2, 32)), **asdict(TrainConfig(800, 4)),
+    "block_size": 16, "measured": {"parameters": 28_000, "tape": 400_000},
+}  # fmt: skip
+
+
+@in_browser
+def test_a_browser_shows_what_was_predicted_beside_what_was_measured(tmp_path):
+    one, other = (
+        make_run(tmp_path / "one", steps=400, config=GPT),
+        make_run(tmp_path / "other", config={"steps": "many"}),
+    )
+    page = tmp_path / "page.html"
+    for runs, ends in (([one], ""), ([one, other], "<td>–</td><td>{}</td>"), ([other, one], "")):
+        page.write_text(report(runs), encoding="utf-8")
+        dom, console, _ = browse(page, tmp_path)
+        assert console == []
+        assert 'data-drawn="yes"' in dom
+        table = re.search(r'<section id="predicted">.*?</section>', dom, re.S)[0]
+        cells = [  # 28,064 = (65 + 16) 32 + 2 (12 32^2 + 13 32) + 2 32
+            ("parameters", "28,064", "28,000", "0.998", "–"),
+            ("first loss", "4.174", "4.51", "1.08", "4.51"),
+            ("steps", "800", "400", "0.5", "120"),
+        ]
+        for name, predicted, measured, ratio, its in cells:
+            row = f"<td>{predicted}</td><td>{measured}<small>× {ratio}</small></td>" + ends.format(its)
+            row = f"<td>–</td><td>{its}</td>" + row if runs[0] == other else row
+            assert f"<tr><th>{name}</th>{row}</tr>" in table
+        assert re.search(r"<th>peak of the tape</th>.*?<td>[\d.]+ kB</td><td>400 kB<small>", table)
+        assert re.search(r"<th>FLOPs in all</th>.*?<td>[\d.]+ GFLOP</td><td>[\d.]+ GFLOP<small>× 0.5</small>", table)
+        assert re.search(r"<th>time</th>.*?<td>5.[5-9]\d? s</td><td>4 s<small>× 0.7", table)  # 800 steps of 7 ms
+
+
+@in_browser
+def test_a_browser_leaves_out_what_nobody_predicted(tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(report([make_run(tmp_path / "a")]), encoding="utf-8")
+    dom, console, _ = browse(page, tmp_path)
+    assert console == []
+    assert 'id="predicted"' not in dom

@@ -389,7 +389,9 @@ def test_what_is_not_said_again_stays_as_it_was(text_file, tmp_path):
     before = Run(tmp_path / "o").config()
     done = subprocess.run([*bare, "--steps=6"], **options)
     assert (done.returncode, done.stderr) == (0, "")
-    assert Run(tmp_path / "o").config() == {**before, "steps": 6}
+    after = Run(tmp_path / "o").config()
+    del before["measured"], after["measured"]  # with threads, how they keep step
+    assert after == {**before, "steps": 6}
     assert last_step(tmp_path / "o") == 6
 
 

@@ -9,7 +9,7 @@ Shapes: B sequences of T tokens (N = B T), C channels, H heads of D = C / H, voc
 import math
 import statistics
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from itertools import accumulate
 from time import perf_counter
@@ -231,11 +231,7 @@ def measure(
     some = min(val_tokens, training.threads * training.batch_size * T + 1)
     tokens = np.random.default_rng(0).integers(config.vocab_size, size=max(some, T + 2))
 
-    times: list[float] = []
-    for step in train(state, tokens, tokens):
-        times.append(step.seconds)
-        if len(times) > 3 and sum(times[1:]) >= seconds:
-            break
+    times = first_steps((step.seconds for step in train(state, tokens, tokens)), seconds)
     with Workers(model, training.threads) as workers:  # a run generates between its steps, with its threads' BLAS
         passes = _times(lambda: evaluate(model, tokens[:some], training.batch_size, T, workers), seconds / 4)
         written = stream(model, [[0]], 200)
@@ -244,6 +240,19 @@ def measure(
     validation = statistics.median(passes) * (val_tokens - 1) / (some - 1)
     # The mean, because a window that slides makes few tokens dear.
     return Timing(statistics.median(times[1:]), len(times) - 1, validation, statistics.mean(generated))
+
+
+def first_steps(times: Iterable[float], seconds: float = 2.0) -> list[float]:
+    """The seconds of the first steps, as they come: of one, which starts things up, and of at least 3 more.
+
+    It takes further ones until they, without the first, add up to `seconds`.
+    """
+    some: list[float] = []
+    for each in times:
+        some.append(each)
+        if len(some) > 3 and sum(some[1:]) >= seconds:
+            break
+    return some
 
 
 def _times(call: Callable[[], object], seconds: float, at_most: int = sys.maxsize) -> list[float]:

@@ -19,6 +19,7 @@ from ..files import writable_folder, write_whole
 from .diagnosis import Monitor
 from .metrics import METRICS, read_metrics, read_samples
 from .plots import smooth
+from .predicted import MEASURED, rows
 from .run import MARK
 
 POINTS = 1000  # per curve; a screen cannot show more
@@ -91,9 +92,10 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{folder}: {folder / METRICS} holds no step yet")
     config = read_config(folder / "config.json")
     clip = config.get("clip")
+    arrays = {name: np.array(column) for name, column in columns.items()}
     return {
         # As strings written by Python: JavaScript would show 1.0 as 1, and round 2**60.
-        "config": {name: show(value) for name, value in config.items()},
+        "config": {name: show(value) for name, value in config.items() if not name.startswith(f"{MEASURED}.")},
         "clip": clip if isinstance(clip, int | float) and math.isfinite(clip) else None,
         "notFinite": not_finite,
         "findings": [vars(finding) for finding in monitor.diagnosis()],
@@ -101,7 +103,11 @@ def read_run(folder: Path) -> dict[str, Any]:
             {"title": f"step {sample['step']}", "text": sample["text"]}
             for sample in evenly(read_samples(folder), SAMPLES)
         ],
-        **curves({name: np.array(column) for name, column in columns.items()}, evaluations),
+        "predicted": [
+            {name: number(value) if isinstance(value, int | float) else value for name, value in row.items()}
+            for row in rows(config, arrays)
+        ],
+        **curves(arrays, evaluations),
     }
 
 

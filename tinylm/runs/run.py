@@ -1,6 +1,6 @@
 """A run is a folder: its configuration, its metrics, its samples and its checkpoints.
 
-    config.json                     how it was started, and that this is a run of tinylm
+    config.json                     how it was started, what its first step took, and that this is a run of tinylm
     metrics.jsonl, samples.jsonl    see metrics.py
     checkpoints/step-00000250/      see checkpoint.py
     loss.png, summary.json, report.html
