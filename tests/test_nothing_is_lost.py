@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 import traceback
 from pathlib import Path
@@ -644,23 +645,26 @@ def test_signals_at_many_random_moments(seed, nest, cwd, sixty):
     bombarded(seed, 30, nest, cwd, sixty)
 
 
+UNRAISABLE = {
+    "__del__": "class Held:\n    def __del__(self):\n        {signal}\nheld = Held()\n",
+    "weak reference": "import weakref\nheld = {{0}}\nweak = weakref.ref(held, lambda _: {signal})\n",
+    "finalizer": "import weakref\nheld = {{0}}\nweakref.finalize(held, lambda: {signal})\n",
+}
+
+
+@pytest.mark.parametrize("after", ["return", "time.sleep(60)"])
+@pytest.mark.parametrize("where", UNRAISABLE)
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_while_an_object_is_released_is_no_traceback(number, tmp_path):
-    program = f"""
-import signal
-from tinylm import cli
-
-class Held:
-    def __del__(self):
-        signal.raise_signal({int(number)})
-
-def main():
-    held = Held()
-
-cli.run(main)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_signal_where_python_can_raise_nothing_is_no_traceback_and_not_lost(number, where, after, tmp_path):
+    there = UNRAISABLE[where].format(signal=f"signal.raise_signal({int(number)})")
+    main = textwrap.indent(f"{there}del held\n{after}\n", "    ")
+    program = f"import signal, time\nfrom tinylm import cli\ndef main():\n{main}\ncli.run(main)\n"
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    if after == "return":
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        assert done.returncode == 128 + number
+        assert done.stderr == ("-c: interrupted\n" if number == signal.SIGINT else "-c: stopped\n")
 
 
 def test_ctrl_c_interrupts_when_asked_for_twice_and_only_once():

@@ -4,10 +4,10 @@ import argparse
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -86,13 +86,20 @@ def run(main: Callable[[], None]) -> NoReturn:
     """
     ended = False
 
-    def end(number: int, frame: FrameType | None) -> None:
-        # Python only prints what is raised while an object is released: here, what `main` held at its end.
-        while frame is not None and frame.f_code.co_name != "__del__":
-            frame = frame.f_back
-        if not ended and frame is None:  # more signals must not disturb the end
+    def end(number: int, _: object) -> None:
+        if not ended:  # more signals must not disturb the end
             raise KeyboardInterrupt if number == signal.SIGINT else Stopped(number)
 
+    def unraisable(what: Any) -> None:
+        # Raised where Python cannot pass it on, in __del__ or a weak reference's callback: the signal comes once more.
+        if isinstance(what.exc_value, KeyboardInterrupt | Stopped):
+            again = threading.Timer(0.01, os.kill, (os.getpid(), getattr(what.exc_value, "status", 130) - 128))
+            again.daemon = True
+            again.start()
+        else:
+            sys.__unraisablehook__(what)
+
+    sys.unraisablehook = unraisable
     program = os.path.basename(sys.argv[0])
     np.seterr(over="ignore", invalid="ignore")  # the training loop checks for non-finite values itself
     for name in ("stdout", "stderr"):

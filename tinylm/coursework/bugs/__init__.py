@@ -33,7 +33,7 @@ def changes(bug: type[Run]) -> Iterator[tuple[str, str]]:
     parts = [(getattr(Run, name), part) for name, part in vars(bug).items() if hasattr(Run, name)]
     for right, wrong in (*bug.replaced.items(), *parts):
         own = vars(wrong).items() if isinstance(wrong, type) else ()
-        pairs = [(getattr(right, name, None), method) for name, method in own] if own else [(right, wrong)]
+        pairs: list[Any] = [(getattr(right, name, None), method) for name, method in own] if own else [(right, wrong)]
         for sound, mistaken in pairs:
             if inspect.isfunction(mistaken) and f"{sound.__qualname__}(" not in inspect.getsource(mistaken):
                 yield _source(sound), _source(mistaken)
