@@ -43,7 +43,8 @@ class HeadsMixed(Run):
     name, probe = "heads mixed", "causality"
     tells = (
         "Without the transpose, a head is a piece of the sequence instead of a piece of the channels. The shapes are "
-        "right, so nothing complains, and most of the past is out of reach or some of the future is in it."
+        "right, so nothing complains. Most of the past is out of reach, and some of the future is in it: here the "
+        "loss ends below the entropy."
     )
 
     class attention(Attention):
@@ -55,8 +56,8 @@ class HeadsMixed(Run):
 class NoScale(Run):
     name, probe = "no 1/sqrt(d)", "scale"
     tells = (
-        "Scores grow with the size of a head, and the softmax saturates. In a small model this costs nothing that a "
-        "curve shows; in a wide one, attention begins as a hard choice that can hardly be unlearned."
+        "Scores grow with the size of a head, and the softmax comes near a hard choice, whose gradient vanishes. In "
+        "a small model, here with heads of size 8, this costs nothing that a curve shows."
     )
 
     class attention(Attention):
@@ -103,8 +104,8 @@ class TwoSoftmaxes(Run):
 class LargeWeights(Run):
     name, probe = "initial weights too large", "first_loss"
     tells = (
-        "The untrained model is sure, and wrong: the first loss is far above ln V. The run recovers, and has lost the "
-        "steps that this took."
+        "The untrained model is sure, and wrong: the first loss is far above ln V. The run spends all its steps on "
+        "coming back, and ends near guessing."
     )
 
     def new_model(self):
@@ -161,8 +162,8 @@ class TruncatedNorm(Run):
 class Uncorrected(Run):
     name, probe = "no bias correction", "update"
     tells = (
-        "The moments begin at 0, the second one far more slowly than the first: without correction the first updates "
-        "are several times too large. A warmup hides it, and after some hundred steps nothing is left of it."
+        "Both moments begin at 0, and the second one grows more slowly: without correction the updates of the first "
+        "dozens of steps are up to twice too large. A warmup hides it, and later nothing is left of it."
     )
 
     class adamw(AdamW):
@@ -221,7 +222,10 @@ class NotHeld(Run):
 
 class NotShifted(Run):
     name, probe = "targets not shifted", "batches"
-    tells = "Each token is asked to predict itself. Both losses go to 0, which no language allows."
+    tells = (
+        "Each token is asked to predict itself, and the training loss is soon 0. Here the evaluation cuts its own "
+        "targets, and is worse than guessing. If it shares the mistake, both losses are 0."
+    )
 
     def batch(self, state, tokens):
         x, _ = super().batch(state, tokens)
@@ -242,8 +246,9 @@ class SameBatch(Run):
 class NotZeroed(Run):
     name, probe = "gradients not zeroed", "zeroing"
     tells = (
-        "Each step adds its gradient to those of all steps before. That is a momentum which never forgets: the loss "
-        "falls at first, and the norm in the log grows and grows."
+        "Each step adds its gradient to those of all steps before. Here clipping limits the sum, so the norm in the "
+        "log is always a little above its threshold. Old gradients count as much as new ones, and the loss hardly "
+        "falls."
     )
 
     def zero(self, state):
