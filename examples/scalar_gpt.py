@@ -19,7 +19,10 @@ from tinylm.data import CharTokenizer, Sentences
 
 
 class Value:
-    """A number that remembers the numbers it was computed from, its parents, and its slope by each of them."""
+    """A number that remembers the numbers it was computed from, its parents, and its slope by each of them.
+
+    There is no minus and no division: both are made of +, * and **.
+    """
 
     __slots__ = ("data", "grad", "parents", "slopes", "uses")
 
@@ -53,13 +56,13 @@ class Value:
 
     def backward(self):
         """Add d self / d x to the grad of every number x behind this one. A number's turn comes after all its uses."""
-        found = [self]
+        found = [self]  # first walk: count the uses of each number
         for value in found:  # the list grows while we walk along it
             for parent in value.parents:
                 if not parent.uses:
                     found.append(parent)
                 parent.uses += 1
-        self.grad, ready = 1.0, [self]
+        self.grad, ready = 1.0, [self]  # second walk: a number is ready when all its uses have reported
         while ready:
             value = ready.pop()
             for parent, slope in zip(value.parents, value.slopes, strict=True):
@@ -69,7 +72,7 @@ class Value:
                     ready.append(parent)
 
 
-def total(xs):
+def total(xs):  # `sum` would begin with 0 + Value
     return reduce(add, xs)
 
 
@@ -131,7 +134,9 @@ class GPT:
         self.weights = w
 
     def parameters(self):
-        return [v for w in self.weights.values() for row in w for v in (row if isinstance(row, list) else [row])]
+        """All numbers that are trained, in one list."""
+        rows = [row for w in self.weights.values() for row in (w if isinstance(w[0], list) else [w])]
+        return [value for row in rows for value in row]
 
     def logits(self, symbol, t, seen):
         """V logits after `symbol` at position t. `seen` has each layer's keys and values so far: no mask is needed."""
@@ -143,9 +148,11 @@ class GPT:
             keys.append(qkv[C : 2 * C])
             values.append(qkv[2 * C :])
             y = []
-            for own in (slice(h * D, (h + 1) * D) for h in range(self.H)):  # the channels of one head
-                p = softmax([dot(qkv[own], k[own]) * (1 / math.sqrt(D)) for k in keys])
-                y += [dot(p, channel) for channel in zip(*(v[own] for v in values), strict=True)]
+            for h in range(self.H):
+                own = range(h * D, (h + 1) * D)  # the channels of this head
+                scores = [dot([qkv[c] for c in own], [k[c] for c in own]) * (1 / math.sqrt(D)) for k in keys]
+                p = softmax(scores)
+                y += [dot(p, [v[c] for v in values]) for c in own]
             x = plus(x, linear(y, w, f"h.{i}.attn.c_proj"))
             inside = linear(layer_norm(x, w, f"h.{i}.ln_2"), w, f"h.{i}.mlp.c_fc")
             x = plus(x, linear([gelu(a) for a in inside], w, f"h.{i}.mlp.c_proj"))
@@ -179,15 +186,17 @@ class AdamW:
 
 def main():
     parser = cli.Parser("Train a GPT of 4,000 numbers in plain Python.")
-    parser.add_argument("--steps", metavar="N", type=cli.at_least(1), default=60, help="updates, of 8 tokens each")
+    parser.add_argument("--steps", metavar="N", type=cli.at_least(1), default=200, help="updates, of 8 tokens each")
     args = parser.parse_args()
     text = Sentences().text(20_000, seed=1)
     tokenizer = CharTokenizer.of(text)
     tokens = tokenizer.encode(text).tolist()
-    model = GPT(tokenizer.vocab_size)
-    optimizer = AdamW(model.parameters(), lr=1e-2)
     V = tokenizer.vocab_size
-    print(f"{len(optimizer.parameters):,} numbers; guessing costs ln {V} = {math.log(V):.2f} nats a token")
+    model = GPT(V)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    shares = [tokens.count(v) / len(tokens) for v in range(V)]
+    print(f"{len(optimizer.parameters):,} numbers; guessing costs ln {V} = {math.log(V):.2f} nats a token, ", end="")
+    print(f"the frequency of each letter alone {-sum(p * math.log(p) for p in shares):.2f}")
     gc.disable()  # the graph has no cycles, so it is freed without; looking for some would take most of the time
     draw, losses, start = random.Random(0), [], perf_counter()
     for step in range(1, args.steps + 1):
@@ -197,8 +206,8 @@ def main():
         loss.backward()
         optimizer.step()
         losses.append(loss.data)
-        if step % 20 == 0 or step == args.steps:
-            recent, speed = losses[-20:], step * model.T / (perf_counter() - start)
+        if step % 50 == 0 or step == args.steps:
+            recent, speed = losses[-50:], step * model.T / (perf_counter() - start)
             print(f"step {step:4}  mean loss {sum(recent) / len(recent):.2f}  {speed:.0f} tokens/s", flush=True)
 
 

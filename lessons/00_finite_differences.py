@@ -73,7 +73,8 @@ The model reads text and predicts the next symbol. Its *loss* is minus the logar
 the symbol that really came, as a mean over many places. Lower is better. The logarithm is the natural one; the unit is
 called *nat*. (Lessons 02 and 03 are about this.) The text is of a language of 8 symbols that we made up, so that we
 know two numbers exactly. Someone who knows nothing guesses, and has the loss $\ln 8 = 2.08$. Someone who knows all
-probabilities of the language still cannot know the next symbol; his loss is $H = 0.80$, the *entropy* of the language.
+probabilities of the language still cannot know the next symbol. The loss is then $H = 0.80$, the *entropy* of the
+language.
 A model that has learned something lies between the two.
 
 **Predict** before you run the next cells: how far will the wrong run be behind the right one, in its final loss? Put a
@@ -132,6 +133,7 @@ a better one.
 """
 
 # %%
+print(f"guessing: {math.log(language.V):.2f}, entropy: {language.entropy:.2f}")
 print(f"final losses: A {two[-1]:.3f}, B {one[-1]:.3f}, C {wrong[-1]:.3f}; the wrong one is C")
 guess.measured(wrong[-1] - one[-1])
 assert max(one[-1], wrong[-1], two[-1]) - min(one[-1], wrong[-1], two[-1]) < 0.25

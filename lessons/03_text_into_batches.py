@@ -117,8 +117,8 @@ whose probabilities we chose ourselves: 8 symbols, where the next one depends on
 symbols allows three successors. Two numbers frame every loss.
 
 - **ln V**, here $\ln 8 = 2.08$: the loss of someone who knows nothing, and guesses.
-- **H**, the *entropy* of the language: the loss of someone who knows all its probabilities. After each pair $ab$ he
-  says exactly $p_{abc}$ for each $c$, and his mean surprise is $-\sum_c p_{abc} \ln p_{abc}$. Weighted by how often
+- **H**, the *entropy* of the language: the loss of someone who knows all its probabilities. After each pair $ab$ they
+  say exactly $p_{abc}$ for each $c$, and the mean surprise is $-\sum_c p_{abc} \ln p_{abc}$. Weighted by how often
   each pair occurs, $\pi_{ab}$:
 
 $$ H = -\sum_{ab} \pi_{ab} \sum_c p_{abc} \ln p_{abc} . $$

@@ -4,9 +4,8 @@ r"""
 
 **Where do gradients add up?**
 
-About 60 minutes. You need lessons 00 and 01, lesson 02 (the gradient of cross-entropy) and matrix
-products. Afterwards you can write the backward of a linear layer and of an embedding, and you have trained a first
-language model.
+About 60 minutes. You need lessons 00 and 01, lesson 02 (the gradient of cross-entropy) and matrix products. Afterwards
+you can write the backward of a linear layer and of an embedding, and you have trained a first language model.
 """
 
 # %%
@@ -214,11 +213,10 @@ save_figure(figure, "04_rows_and_counts")
 r"""
 ![Gradient against count; trained probabilities against counted shares](figures/04_rows_and_counts.png)
 
-Left: one point for each character; a row's gradient, the sum of its elements' sizes, cannot be larger than twice its
-share of the text, the line. Right: one point for
-each pair of characters. After 300 steps the trained probabilities are the counted shares, up to rare rows that have not
-arrived yet. (AdamW, lesson 08, gives rare rows steps of the same size as common ones. This is one reason why it is
-used.)
+Left: one point for each character. A row's gradient, the sum of its elements' sizes, cannot be larger than twice its
+share of the text, which is the line. Right: one point for each pair of characters. After 300 steps the trained
+probabilities are the counted shares, up to rare rows that have not arrived yet. (AdamW, lesson 08, gives rare rows
+steps of the same size as common ones. This is one reason why it is used.)
 
 And here is what this model writes. It draws each character from the row of the one before:
 """

@@ -9,7 +9,6 @@ the backward of a normalisation in five lines, without differentiating a fractio
 """
 
 # %%
-
 import matplotlib.pyplot as plt
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -32,8 +31,7 @@ r"""
 
 In a GPT each token is a row of $C$ numbers, and each layer adds something to these rows. Left alone, some rows grow and
 others shrink, and the next layer would have to cope with both. Layer norm brings every row to the same scale, and lets
-the model choose that scale by itself: $w$ below, one number for each channel. For one
-row $x$ of $C$ numbers:
+the model choose that scale by itself: $w$ below, one number for each channel. For one row $x$ of $C$ numbers:
 
 $$ \mu = \mathrm{mean}(x), \qquad v = \mathrm{mean}\bigl((x-\mu)^2\bigr), \qquad
    \hat x = \frac{x-\mu}{\sqrt{v+\epsilon}}, \qquad y = \hat x \, w + b . $$
@@ -151,8 +149,8 @@ r"""
 First by finite differences, with a random $dy$. (With $dy = 1$ everywhere and $w = 1$, every $dx$ is zero: the trap of
 lesson 00 again.)
 
-Then by geometry. `dx · 1` must vanish up to rounding. `dx · xhat` is a small multiple of
-$\epsilon$; exactly, it is $\epsilon\, r^3\, (g \cdot \hat x)$.
+Then by geometry. `dx · 1` must vanish up to rounding. `dx · xhat` is a small multiple of $\epsilon$; exactly, it is
+$\epsilon\, r^3\, (g \cdot \hat x)$.
 """
 
 # %%
@@ -234,7 +232,7 @@ right = losses()
 with tinylm.override(LayerNorm, Truncated):
     truncated = losses()
 guess.measured(truncated[-1])
-print(f"right: {right[-1]:.2f}, truncated: {truncated[-1]:.2f}")
+print(f"right: {right[-1]:.2f}, truncated: {truncated[-1]:.2f}; entropy {language.entropy:.2f}")
 records = recorded("05_truncated")
 for name in ("right", "truncated"):
     print(f"over five seeds, {name}: {min(records[name]):.2f} to {max(records[name]):.2f}")

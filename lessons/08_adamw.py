@@ -48,9 +48,9 @@ The remedy is plain: divide $m$ by $1 - \beta_1^t$ and $v$ by $1 - \beta_2^t$. T
 step, with a small $\epsilon$ that keeps us from dividing by 0 and a *decay* $\lambda$ that comes below, is
 
 $$ \boxed{\; p \leftarrow (1-\eta\lambda)\,p - \eta\,\frac{m/(1-\beta_1^t)}{\sqrt{v/(1-\beta_2^t)}+\epsilon} \;} $$
- What happens
-without it? $m$ is too small at first, and so is $v$. But $\beta_2 = 0.999$ is slower than $\beta_1$, and $\sqrt v$
-stands in the denominator.
+
+What happens without the correction? $m$ is too small at first, and so is $v$. But $\beta_2 = 0.999$ is slower than
+$\beta_1$, and $\sqrt v$ stands in the denominator.
 
 **Predict**: without correction, how many times $\eta$ is the longest of the first hundred steps?
 """

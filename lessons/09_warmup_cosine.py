@@ -158,6 +158,7 @@ for warmup, colour in ((0, ORANGE), (30, BLUE)):
     for lr in rates:
         axes.plot([lr] * 3, recorded_losses(lr, warmup), ".", color=colour, alpha=0.5)
     print(f"warmup {warmup:2}: best mean loss {min(means):.2f}, at a learning rate of {rates[int(np.argmin(means))]:g}")
+print("learning rates:", *rates)
 guess.measured(best[0])
 bounds(axes, language.V, records["entropy"])
 axes.set(xlabel="peak learning rate", ylabel="loss on fresh text (nats a token)", title="300 steps, three seeds each")

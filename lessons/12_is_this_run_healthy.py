@@ -9,7 +9,6 @@ against what is possible, and you know which remedies against memorising were se
 """
 
 # %%
-
 import matplotlib.pyplot as plt
 import numpy as np
 from threadpoolctl import threadpool_limits

@@ -192,8 +192,8 @@ r"""
 ## In practice
 
 - **Beyond the block.** The model knows positions up to its block size. After that the oldest symbols must go, all
-  positions shift, and the cache is worthless: everything is computed anew. (tinylm drops a quarter of a block at once,
-  so that this happens rarely; our `write` drops one symbol at a time.) (Models with rotary positions can shift more
+  positions shift, and the cache is worthless: everything is computed anew. tinylm drops a quarter of a block at once,
+  so that this happens rarely; our `write` drops one symbol at a time. (Models with rotary positions can shift more
   cheaply.)
 - **Training mode.** Call `eval()` first: dropout in generation makes a good model stammer.
 - **Subtract the maximum** before `exp`, as always. At a temperature of 0.01 logits are a hundred times larger.

@@ -2,7 +2,7 @@
 r"""
 # 17 · What makes it fast
 
-**The same arithmetic, thousands of times faster: where does the time go?**
+**The same arithmetic, much faster: where does the time go?**
 
 About 60 minutes. You need lessons 01 (the tape) and 07 (the GPT). Afterwards you can say of an op whether arithmetic,
 memory or the mere call limits it, and measure that without fooling yourself.
@@ -22,7 +22,8 @@ from tinylm.coursework import check, hint, predict
 from tinylm.coursework.figures import BLUE, GREEN, GREY, ORANGE, RED, save_figure
 from tinylm.ops.matmul import product
 from tinylm.optim import AdamW, adamw
-from tinylm.parallel import Workers, available_cores
+from tinylm.parallel import available_cores
+from tinylm.training import TrainConfig, TrainState, train
 
 threadpool_limits(1)  # one thread, until the section on threads
 rng = np.random.default_rng(0)
@@ -69,11 +70,16 @@ assert abs(losses[0] - losses[1]) < 1e-5
 r"""
 ## The ladder
 
-Its rungs: *scalars*; *composed*, small ops on arrays, whose backward the tape finds; *reference*, one op for each
-formula, with a backward by hand; *blocked*, where attention works through its queries 64 at a time; *numba*, where a
-loop compiled for this machine replaces many NumPy calls. What a rung brings depends on the job, so there are three: the
-scalar model's 8 tokens; the same with a large batch, 64 times 8 tokens; and a model 64 wide, 4 times 256 tokens. (With
-8 tokens *blocked* has nothing to cut: it is the reference there.)
+Its rungs are these.
+
+- *scalars*: the page above.
+- *composed*: small ops on arrays; the tape finds the backward.
+- *reference*: one op for each formula, with a backward by hand.
+- *blocked*: the same, but attention works through its queries 64 at a time. (With 8 tokens there is nothing to cut.)
+- *numba*: loops that the numba compiler makes for this machine, each in the place of many NumPy calls.
+
+What a rung brings depends on the job, so there are three: the scalar model's 8 tokens; the same model with a large
+batch, 64 times 8 tokens; and a model 64 wide, on 4 times 256 tokens.
 """
 
 # %%
@@ -110,12 +116,14 @@ print("tokens/s       8 tokens    64 x 8   4 x 256, wider")
 for rung, row in speed.items():
     print(f"{rung:10}" + "".join(f"{each:13,.0f}" for each in row))
 guess.measured(speed["reference"][0] * slow / T)
-most = max(row[1] for row in speed.values() if row[1:]) * slow / T
+most = max(speed[rung][1] for rung in RUNGS) * slow / T
 print(f"from scalars on 8 tokens to the best rung on 64 x 8: {most:,.0f} times")
 assert most > 100
 
 # %% [markdown]
 r"""
+Scalars would gain nothing from a large batch, since each number costs the same. Arrays gain most of all. Why?
+
 ## What a call costs
 
 Three things are mixed up in this table: calls, arithmetic, and memory. First the calls. A call on $n$ numbers takes
@@ -125,84 +133,90 @@ make a result. At $n = a/b$, half of the time is overhead. A scalar pays $a$ for
 
 # %%
 counts = [4**k for k in range(12)]
-each = []
+each = []  # ns for each number
 for n in counts:
-    a, b, out = np.ones((3, n), np.float32)
-    each.append(seconds(np.add, a, b, out, rounds=3, calls=max(1, min(2000, 2_000_000 // n))) / n)
+    x, y, out = np.ones((3, n), np.float32)
+    each.append(1e9 * seconds(np.add, x, y, out, rounds=3, calls=max(1, min(2000, 2_000_000 // n))) / n)
 one = scalar_gpt.Value(1.0)
-value, a, b = 1e9 * np.array([seconds(lambda: one + one, calls=2000), each[0], each[7]])
+value = 1e9 * seconds(lambda: one + one, calls=2000)
+a, b = each[0], each[7]
 print(f"np.add: a = {a:.0f} ns a call, b = {b:.2f} ns a number, a/b = {a / b:,.0f}; one Value: {value:.0f} ns")
 
 # %% [markdown]
 r"""
-Compare $a/b$ with the 128 numbers of a step on 8 tokens with 16 channels: that step is mostly calls. So a large batch
-pays, 64 times the tokens in as many calls; and one op is faster than the many that *composed* makes of it.
+An addition of two Values costs about as much as a whole call of `np.add`. Compare $a/b$ with the 128 numbers of an
+array on 8 tokens with 16 channels: that step is mostly calls. So a large batch pays, since 64 times the tokens take as
+many calls. And one op is faster than the many that *composed* makes of it.
 
 ## Two limits
 
 Apart from the call, an op needs two things: $F$ floating-point operations (FLOP), and $Q$ bytes that move between
-memory and processor. At a *peak* of $P$ FLOP/s and a *bandwidth* of $W$ bytes/s, both at work at once, it takes
-$t \ge \max(F/P, Q/W)$. Divide $F$ by it: the speed is at most $\min(P, I W)$, with the *arithmetic intensity*
-$I = F/Q$, in FLOP per byte.
+memory and processor. The processor has a *peak* of $P$ FLOP/s, the memory a *bandwidth* of $W$ bytes/s, and both work
+at the same time. So the op takes $t \ge \max(F/P, Q/W)$. Its speed is $F/t$, which is at most $\min(P, W I)$ with
+$I = F/Q$. This $I$ is the *arithmetic intensity*, in FLOP per byte.
 
-This is the *roofline* (Williams et al., 2009): a slanted roof, $I W$, where memory limits; a flat one, $P$, where
+This is the *roofline* (Williams et al., 2009): a slanted roof, $W I$, where memory limits; a flat one, $P$, where
 arithmetic does. They meet at $I = P/W$. Let us count: at the least, each input is read once and each output is written
 once, in float32 of 4 bytes. (An exp, a tanh, a root or a division counts as one FLOP, though it takes longer.)
 
 | op | FLOP | bytes | FLOP per byte |
 |---|---|---|---|
 | add | n | 12 n | 1/12 |
-| AdamW: reads p, g, m, v; writes p, m, v | 15 n | 28 n | 15/28 |
+| AdamW: reads p, g, m, v; writes p, m, v | about 15 n | 28 n | 15/28 |
 | softmax: max, minus, exp, sum, times | 5 n | 8 n | 5/8 |
 | layer norm: mean, minus, square, sum, times rstd, times w, plus b | 7 n | 8 n | 7/8 |
-| GELU | 8 n | 8 n | 1 |
+| GELU: x², times, plus, times x, tanh, plus, times, times x | 8 n | 8 n | 1 |
 | matrix product (N, K) (K, M) | 2 N K M | 4 (N K + K M + N M) | |
 
 All but the last stay at 1 or less, whatever the size. A product uses each number many times: with K = M = C and N far
 above C, $I = 2NC^2 / (8NC + 4C^2) \approx C/4$. **The wider a layer, the more arithmetic for each byte.** It meets
-the flat roof at $C = 4P/W$. **Predict** that width for your machine.
+the flat roof at $C = 4P/W$. Let us see where that is.
 """
 
 # %%
-guess = predict("17.b", None, "width C from which on arithmetic limits a linear layer")
-
-# %%
 x, y, out = rng.standard_normal((3, 1 << 23), np.float32)  # 32 MiB each: more than most caches hold
-peak = 2 * 1024**3 / seconds(np.matmul, *x[: 1 << 21].reshape(2, 1024, 1024), rounds=8)
-bandwidth = 12 * x.size / seconds(np.add, x, y, out)
-guess.measured(4 * peak / bandwidth)
-print(f"{peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s: the roofs meet at {peak / bandwidth:.1f} FLOP/byte")
-
 lists = [[a] for a in rng.random((4, x.size), np.float32)]  # AdamW's p, g, m, v
 rows, w = x.reshape(-1, 256), np.ones(256, np.float32)
-OPS = {  # FLOP and bytes for each of the numbers in x, and the call
+calls = {  # FLOP and bytes for each number in x, and the call
     "add": (1, 12, np.add, x, y, out),
     "AdamW": (15, 28, adamw, *lists, [1], [1e-3], [0.1], (0.9, 0.99), 1e-8),
     "softmax": (5, 8, ops.softmax, rows),
     "layer norm": (7, 8, ops.layer_norm, rows, w, w),
     "GELU": (8, 8, ops.gelu, rows),
 }
-for C in (2, 4, 8, 16, 32, 64, 128, 256, 512):
-    layer = np.matmul, x.reshape(-1, C), y[: C * C].reshape(C, C), out.reshape(-1, C)
-    OPS[f"linear, {C} wide"] = (2 * C, 8 + 4 * C * C / x.size, *layer)
-plain, compiled = {}, {}  # (FLOP per byte, GFLOP/s) of each op
-for name, (flop, size, *call) in OPS.items():
-    plain[name] = (flop / size, 1e-9 * flop * x.size / seconds(*call, rounds=3))
-    if "numba" in RUNGS and name in ("AdamW", "layer norm", "GELU"):
-        with engines("numba"):
-            compiled[f"{name}, compiled"] = (flop / size, 1e-9 * flop * x.size / seconds(*call, rounds=3))
-for name, (intensity, gflops) in (plain | compiled).items():
-    roof = 1e-9 * min(peak, intensity * bandwidth)
-    print(f"{name:20} {intensity:6.2f} FLOP/byte  {gflops:6.1f} GFLOP/s: {gflops / roof:4.0%} of its roof")
+
+
+def point(flop, size, *call):
+    """(FLOP per byte, GFLOP/s) of an op on all numbers of x."""
+    return flop / size, 1e-9 * flop * x.size / seconds(*call, rounds=3)
+
+
+plain = {name: point(*call) for name, call in calls.items()}
+with engines(*RUNGS.get("numba", ())):
+    compiled = {name: point(*calls[name]) for name in ("AdamW", "layer norm", "GELU") if "numba" in RUNGS}
+linear = {}
+for C in (2, 8, 32, 128, 512):
+    inputs, weight, result = x.reshape(-1, C), y[: C * C].reshape(C, C), out.reshape(-1, C)
+    linear[C] = point(2 * C, 8 + 4 * C * C / x.size, np.matmul, inputs, weight, result)
+peak, bandwidth = 1e9 * max(gflops for _, gflops in linear.values()), 12e9 * plain["add"][1]
+print(
+    f"{peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s: the roofs meet at {peak / bandwidth:.1f} FLOP/byte, ",
+    end="",
+)
+print(f"for a linear layer at C = {4 * peak / bandwidth:.0f}")
+for kind, points in (("NumPy", plain), ("numba", compiled), ("width", linear)):
+    for name, (intensity, gflops) in points.items():
+        share = gflops * 1e9 / min(peak, intensity * bandwidth)
+        print(f"{kind} {name:<10} {intensity:6.2f} FLOP/byte  {gflops:6.1f} GFLOP/s: {share:4.0%} of its roof")
 
 figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
 intensities = np.geomspace(0.05, 200, 200)
-axes.loglog(intensities, np.minimum(peak, intensities * bandwidth) / 1e9, color=GREY, label="the roof")
-axes.plot(*zip(*list(plain.values())[5:], strict=True), "o-", color=BLUE, label="linear layers, 2 to 512 wide")
-axes.plot(*zip(*list(plain.values())[:5], strict=True), "s", color=ORANGE, label="element by element, in NumPy")
+axes.loglog(intensities, np.minimum(peak, intensities * bandwidth) / 1e9, color=GREY, label="the roof, measured")
+axes.plot(*zip(*linear.values(), strict=True), "o-", color=BLUE, label="linear layers, 2 to 512 wide")
+axes.plot(*zip(*plain.values(), strict=True), "s", color=ORANGE, label="element by element, in NumPy")
 if compiled:
-    axes.plot(*zip(*compiled.values(), strict=True), "^", color=GREEN, label="the same, compiled by numba")
-for name, at in list(plain.items())[:5]:
+    axes.plot(*zip(*compiled.values(), strict=True), "^", color=GREEN, label="AdamW, layer norm, GELU compiled")
+for name, at in plain.items():
     axes.annotate(name, at, (0, -7), textcoords="offset points", ha="center", va="top", rotation=90, fontsize=8)
 axes.set(xlabel="arithmetic intensity (FLOP per byte)", ylabel="speed (GFLOP/s)", title="The roofline of this machine")
 axes.set_ylim(bottom=min(gflops for _, gflops in plain.values()) / 4)
@@ -211,42 +225,60 @@ save_figure(figure, "17_roofline")
 
 # %% [markdown]
 r"""
-![A slanted and a flat roof; linear layers climb along it, the other ops lie under it](figures/17_roofline.png)
+![A slanted and a flat roof; wide layers come near the flat one, the rest lies lower](figures/17_roofline.png)
 
-Wide layers can come near the flat roof: BLAS, the library behind `@`, is built for that. (A point may lie a little
-above its roof: roofs are measured too, and a cache helps.) NumPy's GELU stays well below its roof, since it moves more
-than 8 bytes a number: its eight calls each read whole arrays and write a new one. One remedy is to **fuse**: do all of
-it for one number while that is in a register, as compiled loops do, and kernels on a GPU. (They need not reach their
-roof: an exp is more than one FLOP, and memory for a new array must be asked for.) The other is to **block**: do all of
-it for a piece that fits into a cache, then for the next piece.
+We did not look up $P$ and $W$. $P$ is the speed of the fastest linear layer, $W$ that of the addition: so these two lie
+on the roof. Wide layers come near it, since *BLAS*, the library behind `@`, is made for that. Narrow layers do not: a
+roof is a bound, no promise.
+
+NumPy's GELU is far below its roof, for three reasons. It goes over the whole array eight times. A tanh takes longer
+than one FLOP. And large new arrays are expensive: the operating system must find the memory and clear it. There are two
+remedies. One is to **fuse**: do everything for a few numbers while they are in *registers*, the places in which a core
+computes. Compiled loops do that, and kernels, which are functions that run on a GPU. (The compiled GELU and layer norm
+still ask for new arrays, and they also store what backward needs, which our count leaves out.) The other is to
+**block**: do everything for a piece that fits into a cache, then for the next piece.
 
 ## A cache is a small, fast memory
 
-Beside each core are some 32 KB (L1) and 0.5 to 2 MB (L2), behind them megabytes that cores share (L3). What was used a
-moment ago is there, so all passes over a *piece* go to memory about once. If it is too small, calls count again.
+Beside each core are some 32 to 128 KB (L1) and 0.5 to 2 MB (L2), behind them megabytes that cores share (L3). They hold
+what was used a moment ago. If a piece fits into a cache, its later passes find it there: only the first pass reads
+memory, and only the last one writes it. If a piece is too small, calls cost more than that saves. Here is GELU, in
+eight passes that write into arrays which are there already, so that no new memory disturbs the measurement:
 """
 
 
 # %%
-def gelu(x):
-    return 0.5 * x * (1 + np.tanh(0.7978845608 * (x + 0.044715 * x * x * x)))
+def gelu(x, y, u):
+    """Write gelu(x) into y. All have one shape; u is room for what is in between."""
+    np.multiply(x, x, out=u)
+    np.multiply(u, 0.044715 * 0.7978846, out=u)
+    np.add(u, 0.7978846, out=u)
+    np.multiply(u, x, out=u)
+    np.tanh(u, out=u)
+    np.add(u, 1, out=u)
+    np.multiply(u, 0.5, out=u)
+    np.multiply(u, x, out=y)
 
 
-def in_pieces(x, size):
-    return np.concatenate([gelu(x[i : i + size]) for i in range(0, len(x), size)])
+def in_pieces(x, y, u, size):
+    for i in range(0, len(x), size):
+        piece = slice(i, i + size)
+        gelu(x[piece], y[piece], u[: len(x[piece])])
 
 
-long = x[: 1 << 22]
-assert np.allclose(in_pieces(long, 10_000), gelu(long))
-sizes = [4**k for k in range(4, 12)]
-pieces = [seconds(in_pieces, part, size, rounds=2) / len(part) for size in sizes for part in (long[: 2000 * size],)]
-whole, small, best = 1e9 * np.array([pieces[-1], pieces[0], min(pieces)])
-print(f"GELU, ns a number: whole {whole:.1f}, in pieces of {sizes[0]} {small:.1f}, in the best pieces {best:.1f}")
+u = out
+in_pieces(x, y, u, 10_000)
+assert np.allclose(y, ops.gelu(x).numpy(), atol=1e-5)
+sizes, pieces = [*(4**k for k in range(4, 12)), len(x)], []  # ns for each number
+for size in sizes:
+    n = min(len(x), 2000 * size)
+    pieces.append(1e9 * seconds(in_pieces, x[:n], y[:n], u[:n], size, rounds=3) / n)
+print(f"GELU, ns a number: whole {pieces[-1]:.1f}, pieces of 256 {pieces[0]:.1f}, the best pieces {min(pieces):.1f}")
 
 figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
 axes.axhline(value, color=RED, linestyle="--", label="one addition of two Values, in Python")
-axes.loglog(counts, 1e9 * np.array(each), "o-", color=BLUE, label="np.add of so many numbers")
-axes.loglog(sizes, 1e9 * np.array(pieces), "s-", color=ORANGE, label="GELU of 4 million, so many at a time")
+axes.loglog(counts, each, "o-", color=BLUE, label="np.add of so many numbers")
+axes.loglog(sizes, pieces, "s-", color=ORANGE, label="GELU of 8 million, in pieces of this size")
 axes.set(xlabel="numbers in a call", ylabel="time for each number (ns)", title="Too small, and too large")
 axes.set_ylim(top=10 * value)
 axes.legend(frameon=False)
@@ -259,7 +291,8 @@ r"""
 A softmax in pieces is harder, since its sum needs the whole row. But one can keep the largest number and the sum so
 far, and correct them when the next piece comes (Milakov and Gimelshein, 2018): exercise 17.2. By this rule
 FlashAttention (Dao et al., 2022) computes attention in pieces, and its (T, T) array never goes to memory. BLAS, too,
-cuts its matrices into tiles that stay in a cache (Goto and van de Geijn, 2008): exercise 17.3 asks how large a cache.
+cuts its matrices into *tiles*, rectangular pieces that stay in a cache (Goto and van de Geijn, 2008): exercise 17.3
+asks how large a cache.
 
 ## What share is it?
 
@@ -268,7 +301,7 @@ tokens.
 """
 
 # %%
-guess = predict("17.c", None, "share of a step's time in matrix products")
+guess = predict("17.b", None, "share of a step's time in matrix products")
 
 # %%
 step, spent = step_of(64, 128, 4, 12), []
@@ -299,23 +332,17 @@ $1/(1 - p + p/k)$ times faster, and never more than $1/(1-p)$. Look at the share
 ## Threads
 
 The law was written for processors: $p$ is what $k$ of them can share. BLAS can share out each product, but then the
-threads wait for each other after each. `tinylm/parallel.py` shares out the *batch*: each thread takes its own sequences
-through the whole model, and they meet once a step, to add their gradients.
+threads wait for each other after every product. tinylm shares out the *batch* (`tinylm/parallel.py`): each thread takes
+its own sequences through the whole model, and they meet once a step, to add their gradients.
 """
 
 # %%
-model, B, threads = GPT(GPTConfig(V, 64, 4, 4, 128)), 12, min(4, available_cores())
-xs, ys = rng.integers(V, size=(2, B, 64))
+tokens, threads = rng.integers(V, size=10_000), min(4, available_cores())
 times = []
 for n in (1, threads):
-    with Workers(model, n) as workers:
-
-        def part(rank, replica, workers=workers):
-            own = workers.share(B, rank)
-            (replica.loss(xs[own], ys[own]) * (len(xs[own]) / B)).backward()
-
-        times.append(seconds(workers.gradient, part))
-print(f"threads: {threads}; forward and backward are {times[0] / times[1]:.2f} times as fast as by one")
+    state = TrainState(GPT(GPTConfig(V, 64, 4, 4, 128)), TrainConfig(steps=8, threads=n, eval_tokens=65))
+    times.append(min(step.seconds for step in train(state, tokens, tokens)))
+print(f"threads: {threads}; a step is {times[0] / times[1]:.2f} times as fast as with one")
 
 # %% [markdown]
 r"""
@@ -333,22 +360,11 @@ ladder, `breakdown.py` for the shares, `scaling.py` for the roof, `overhead.py` 
 ## In practice
 
 How a measurement goes wrong:
-"""
 
-# %%
-runs = [1e3 * seconds(gelu, long[: 1 << 18], rounds=1) for _ in range(30)]
-print(f"the same call, 30 times: {min(runs):.2f} to {max(runs):.2f} ms, median {np.median(runs):.2f}")
-narrow, number = np.ones((1000, 1000), np.float32), np.float64(0.5)
-print(f"times 0.5: {(narrow * 0.5).dtype}; times a float64: {(narrow * number).dtype}; ", end="")
-print("a reshape of a transpose is a copy:", not np.shares_memory(narrow, narrow.T.reshape(-1)))
-assert (narrow * 0.5).dtype == np.float32 != (narrow * number).dtype
-
-# %% [markdown]
-r"""
 - **The first call** compiles, loads, fills caches and asks for memory. Do not count it.
 - **A single run.** Other programs run, and a hot processor is slower. Take turns; give the fastest or the median.
-- **float64 by accident**, from one NumPy number: twice the bytes, and about half the speed.
-- **Copies** that nobody sees: a reshape of a transpose, `astype`, an index by an array.
+- **Types and copies** that nobody sees: one float64 number makes an array float64, twice as many bytes; a reshape of a
+  transpose copies.
 - **Too many threads**: workers that each start a BLAS with all cores wait for each other. Limit BLAS.
 - **The wrong part.** Look at the shares first. And a fast form may be wrong in a corner: exercise 17.4.
 
@@ -415,5 +431,4 @@ r"""
 - Williams, Waterman and Patterson, *Roofline* (2009): the picture, for real programs.
 - Goto and van de Geijn, *Anatomy of High-Performance Matrix Multiplication* (2008): how BLAS reaches the flat roof.
 - Milakov and Gimelshein, *Online normalizer calculation for softmax* (2018); Dao et al., *FlashAttention* (2022).
-- Amdahl, *Validity of the single processor approach to achieving large scale computing capabilities* (1967).
 """

@@ -1,5 +1,6 @@
 """The lessons: what they say of themselves is so, they run, their pictures are there, and their solutions pass."""
 
+import math
 import re
 import resource
 import shutil
@@ -13,6 +14,7 @@ import pytest
 from tinylm.coursework import find, questions
 from tinylm.coursework.lessons import lessons
 from tinylm.coursework.question import QUESTIONS, Break
+from tinylm.data import Markov, Sentences
 
 FOLDER = Path(__file__).parent.parent / "lessons"
 LESSONS = lessons(FOLDER)
@@ -38,6 +40,44 @@ def cells(lesson):
     prose = re.findall(r'^# %% \[markdown\]\nr"""\n(.*?)^"""$', text, re.M | re.S)
     code = re.sub(r'^# %% \[markdown\]\nr"""\n(.*?)^"""$', "", text, flags=re.M | re.S)
     return code, "\n\n".join(prose)
+
+
+# Decimals in prose that follow from a formula beside them, or that are a setting and no result.
+FORMULAS = {
+    "2.08": math.log(8),
+    "6.9": math.log(1000),
+    "20.7": -math.log(1e-9),
+    "1.27": math.log(1 + 7 / math.e),
+    "3.18": math.log(24),
+    "4.16": math.log(64),
+    "2.77": math.log(16),
+    "1.26": (1 - 0.999**1000) ** -0.5,
+    "0.19": 0.1 + 0.9 * 0.1,
+    "0.001": float(np.finfo(np.float16).eps),
+    "0.80": Markov().entropy,
+    "0.35": Sentences().entropy,
+}
+SETTINGS = {"0.0005", "0.003", "0.3", "0.9", "0.99"}  # of betas, rates and decays that others use
+
+
+def not_printed(prose, printed):
+    """The decimals in prose that are not, up to 3 %, among the numbers that the code has or prints."""
+    prose = re.sub(
+        r"`[^`]*`|\(figures/.*?\)|\d\d\.\d\b(?=\*\*)|exercises? \d\d\.\d( and \d\d\.\d)?|[Ss]ection [\d.]+", "", prose
+    )
+    known = np.array([float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*(?:e[-+]?\d+)?", printed)])
+    missing = []
+    for number in re.findall(r"(?<![\d.,])\d[\d,]*\.\d+(?![\d.])", prose):
+        value, half = float(number.replace(",", "")), 0.51 * 10.0 ** -len(number.partition(".")[2])
+        if number in FORMULAS:
+            assert abs(FORMULAS[number] - value) <= half, number
+        elif number not in SETTINGS and not (abs(known - value) <= max(half, 0.03 * value)).any():
+            missing.append(number)
+    return missing
+
+
+def test_a_number_that_nobody_prints_is_found():
+    assert not_printed("it falls to 0.41, from $\\ln 24 = 3.18$ and 17.25 (exercise 03.2)", "loss 0.414 3") == ["17.25"]
 
 
 # --- what can be seen without running it ------------------------------------------------------------------------------
@@ -82,7 +122,7 @@ def test_the_function_to_break_is_the_one_that_the_catalogue_runs(lesson):
 @EACH
 def test_a_lesson_has_its_form(lesson):
     code, prose = cells(lesson)
-    assert len(lesson.path.read_text(encoding="utf-8").splitlines()) <= 420
+    assert len(lesson.path.read_text(encoding="utf-8").splitlines()) <= 435
     headings = re.findall(r"^## (.+)$", prose, re.M)
     for heading in ("The same thing in tinylm", "In practice", "Exercises", "Where to read on"):
         assert heading in headings
@@ -150,7 +190,8 @@ def test_a_lesson_runs_in_its_time_and_draws_its_pictures(lesson, tmp_path):
     assert not done.stderr
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert seconds < CPU_SECONDS
-    code, _ = cells(lesson)
+    code, prose = cells(lesson)
+    assert not_printed(prose.partition("## Where to read on")[0], code + done.stdout) == []
     for name in pictures(code):
         if (graph := tmp_path / "figures" / f"{name}.svg").exists():
             assert graph.read_text().count("<rect") >= 3

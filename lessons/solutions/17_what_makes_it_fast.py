@@ -38,7 +38,8 @@ check("17.2", merge)
 r"""
 **17.3** A pair of tiles takes $2b^3$ FLOP and brings $2b^2$ numbers, which are $8b^2$ bytes. (The result is written
 once for all its pairs, which is little.) So $I = b/4$, and it meets the flat roof at $b = 4P/W$. Three tiles are $3b^2$
-numbers, $12b^2$ bytes: $192\,(P/W)^2$. For 100 GFLOP/s and 20 GB/s this is 4,800 bytes, which any L1 cache has.
+numbers, $12b^2$ bytes: $192\,(P/W)^2$. For 100 GFLOP/s and 20 GB/s this is 4,800 bytes, which any
+L1 cache has. (All cores together have a much larger P, and share one W: then the larger caches count.)
 """
 
 

@@ -16,14 +16,16 @@ q1 = Number(
         "FLOP: each of the 64 x 1024 results is a sum of 256 products. A product and an addition are two.",
         "Bytes: both factors are read and the result is written, with 4 bytes a number.",
     ),
-    why="2 * 64 * 256 * 1024 FLOP; 4 * (64 * 256 + 256 * 1024 + 64 * 1024) bytes: 24.4 FLOP per byte. With 64 rows it "
-    "is bounded by memory on many machines: most bytes are the weight's, and 64 rows do not use them often enough.",
+    why="2 * 64 * 256 * 1024 FLOP; 4 * (64 * 256 + 256 * 1024 + 64 * 1024) bytes: 24.4 FLOP per byte. Most of the bytes "
+    "are the weight's, and 64 rows use each of its numbers 64 times. For one core, whose roofs meet at a few FLOP per "
+    "byte, this is plenty; on a GPU, where they meet far above, memory would be the limit.",
 )
 q1.wrong("additions not counted", "A product and an addition are two FLOP; and a float32 has 4 bytes.")(q1.answer / 2)
 q1.wrong("for each number, not for each byte", "A float32 has 4 bytes.")(q1.answer * 4)
 q1.wrong("the result is not counted", "The result must be written: 64 x 1024 numbers more.")(
     2 * 64 * 256 * 1024 / (4 * (64 * 256 + 256 * 1024))
 )
+q1.wrong("C / 4", "C / 4 holds for N far above C. Here N is 64, so count all three matrices.")(64.0)
 q1.wrong("the weight alone", "The input is read and the result is written too.")(32.0)
 q1.wrong("bytes for each FLOP", "Intensity is FLOP divided by bytes, not bytes by FLOP.")(1 / q1.answer)
 
@@ -107,6 +109,9 @@ q2.wrong("the plain mean of the averages", "Each average counts as much as its c
 q2.wrong("weighted by the sums as they were", "Weigh the averages by the corrected sums, those relative to m.")(
     q2.instead(y=lambda m1, s1, y1, m2, s2, y2: (s1 * y1 + s2 * y2) / (s1 + s2))
 )
+q2.wrong(
+    "the sums in the average are not corrected", "Divide by the new s what the corrected sums weigh, not s1 and s2."
+)(q2.instead(y=lambda m1, s1, y1, m2, s2, y2: (s1 * y1 + s2 * y2) / merge(m1, s1, y1, m2, s2, y2)[1]))
 q2.wrong("not divided by the sum", "y is an average: divide by the new s.")(
     q2.instead(y=lambda *args: merge(*args)[1] * merge(*args)[2])
 )
@@ -145,7 +150,7 @@ def cache_needed(peak, bandwidth):
 def _(normal):
     yield "100 GFLOP/s and 20 GB/s", (100e9, 20e9)
     yield "30 GFLOP/s and 10 GB/s", (30e9, 10e9)
-    yield "a large GPU", (989e12, 3.35e12)
+    yield "a large GPU", (67e12, 3.35e12)
 
 
 q3.wrong("two tiles", "The tile of the result needs room too: three tiles.")(
@@ -157,7 +162,7 @@ q3.wrong("one tile", "Three tiles must be there: one of each factor, and one of 
 q3.wrong("half the intensity", "A pair takes 2 b^3 FLOP and, as the result stays, 8 b^2 bytes: b / 4.")(
     lambda peak, bandwidth: 768 * (peak / bandwidth) ** 2
 )
-q3.wrong("one factor read", "Tiles of both factors come from memory: 2 b^2 numbers for 2 b^3 FLOP.")(
+q3.wrong("a factor of 4 missing", "Count bytes, 4 a number; and tiles of both factors are read, 2 b^2 numbers.")(
     lambda peak, bandwidth: 48 * (peak / bandwidth) ** 2
 )
 q3.wrong("the result moved each time", "The result's tile stays in the cache: 2 b^2 numbers move for a pair.")(
@@ -210,9 +215,11 @@ def _(x):
 
 
 q4.example = np.array([1e8, 1e8 + 1, 1e8 + 2])
-q4.wrong("all numbers equal", "Then both terms are the same; let the numbers vary.", when=lambda x: np.ptp(x) == 0)(
-    np.full(4, 3.0)
-)
+q4.wrong(
+    "all numbers equal",
+    "The variance is 0 then, and nearly so here; let the numbers vary.",
+    when=lambda x: np.ptp(x) == 0,
+)(np.full(4, 3.0))
 q4.wrong(
     "a mean that is not far above the spread",
     "The two terms are then of different size, and little is lost, however large the numbers are.",
