@@ -16,9 +16,9 @@ q1 = Number(
         "FLOP: each of the 64 x 1024 results is a sum of 256 products. A product and an addition are two.",
         "Bytes: both factors are read and the result is written, with 4 bytes a number.",
     ),
-    why="2 * 64 * 256 * 1024 FLOP; 4 * (64 * 256 + 256 * 1024 + 64 * 1024) bytes: 24.4 FLOP per byte. Most of the bytes "
-    "are the weight's, and 64 rows use each of its numbers 64 times. For one core, whose roofs meet at a few FLOP per "
-    "byte, this is plenty; on a GPU, where they meet far above, memory would be the limit.",
+    why="2 * 64 * 256 * 1024 FLOP; 4 * (64 * 256 + 256 * 1024 + 64 * 1024) bytes: 24.4 FLOP per byte. Most of the "
+    "bytes are the weight's, and 64 rows use each of its numbers 64 times. For one core, whose roofs meet at a few "
+    "FLOP per byte, this is plenty; on a GPU, where they meet far above, memory would be the limit.",
 )
 q1.wrong("additions not counted", "A product and an addition are two FLOP; and a float32 has 4 bytes.")(q1.answer / 2)
 q1.wrong("for each number, not for each byte", "A float32 has 4 bytes.")(q1.answer * 4)
