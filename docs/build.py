@@ -57,7 +57,7 @@ def main() -> None:
         parser.error(f"{missing[0]} has not run yet: build the whole book once, without --only")
     print(f"{len(chosen)} lessons ran in {time.perf_counter() - clock:.0f} seconds")
     write_pages(sources)
-    if sphinx([*["-q", "-E", "-W", "--keep-going", "-c"], str(DOCS), str(WORK / "pages"), str(WORK / "html")]):
+    if sphinx(["-q", "-E", "-W", "--keep-going", "-c", str(DOCS), str(WORK / "pages"), str(WORK / "html")]):
         sys.exit("the book is not complete: see above (line 240002 of a notebook is line 2 of its cell 24)")
     shutil.rmtree(args.out, ignore_errors=True)
     shutil.copytree(WORK / "html", args.out, ignore=shutil.ignore_patterns(".doctrees", ".buildinfo"))

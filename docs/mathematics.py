@@ -17,7 +17,9 @@ def mathml(translator, node, displaystyle):
 
 
 def inline(translator, node):
-    translator.body.append(mathml(translator, node, False))
+    formula = mathml(translator, node, False)
+    # One that may be wider than a telephone is scrolled by itself.
+    translator.body.append(f'<span class="math">{formula}</span>' if len(node.astext()) > 50 else formula)
     raise SkipNode
 
 

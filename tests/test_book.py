@@ -55,7 +55,8 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.path, self.links, self.loaded, self.anchors, self.words, self.classes = path, [], [], set(), [], []
+        self.path, self.links, self.loaded, self.anchors, self.words = path, [], [], set(), []
+        self.article, self.inside = [], False
         self.silent = 0  # inside a script, code or a formula
         self.feed(path.read_text(encoding="utf-8"))
         self.text = "".join(self.words)
@@ -63,14 +64,16 @@ class Page(HTMLParser):
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
         self.anchors |= {attributes.get("id"), attributes.get("name")}
-        self.classes += (attributes.get("class") or "").split()
         if tag == "a":
             self.links.append(attributes.get("href"))
+            self.article += self.links[-1:] * self.inside  # without the menus
         elif tag not in ("use", "svg", "html", "form"):
             self.loaded += [attributes[name] for name in ("src", "href", "data") if attributes.get(name)]
+        self.inside |= tag == "article"
         self.silent += tag in ("script", "style", "pre", "code")
 
     def handle_endtag(self, tag):
+        self.inside &= tag != "article"
         self.silent -= tag in ("script", "style", "pre", "code")
 
     def handle_data(self, data):
@@ -145,7 +148,7 @@ def test_a_lesson_has_its_outputs_figures_solutions_and_files(lesson, site, page
 
 
 def test_every_lesson_is_on_the_landing_page(site, pages):
-    links = pages[site / "index.html"].links
+    links = pages[site / "index.html"].article
     for lesson in LESSONS:
         assert f"lessons/{lesson.path.stem}.html" in links
 
@@ -159,13 +162,16 @@ def test_every_op_has_an_entry_and_its_source(site, pages):
 
 
 def test_names_in_lessons_are_links(site, pages):
-    links = pages[site / "lessons" / "05_layer_norm.html"].links
+    links = pages[site / "lessons" / "05_layer_norm.html"].article
     assert "../_modules/tinylm/ops/layer_norm.html" in links  # `tinylm/ops/layer_norm.py`
     assert "00_finite_differences.html" in links  # lesson 00
     for lesson in LESSONS:
         for number in re.findall(r"[Ll]esson\s+(\d\d)", prose(lesson)):
             there = [f"{other.path.stem}.html" for other in LESSONS if other.number == number != lesson.number]
-            assert set(there) <= set(pages[site / "lessons" / f"{lesson.path.stem}.html"].links), (lesson.path, number)
+            assert set(there) <= set(pages[site / "lessons" / f"{lesson.path.stem}.html"].article), (
+                lesson.path,
+                number,
+            )
     assert "../reference/ops.html#tinylm.ops.layer_norm" in links  # ops.layer_norm(t, w, b) in the code
     assert "../reference/ops.html#tinylm.ops.matmul.column_sums" in links  # `column_sums`
 
