@@ -206,25 +206,6 @@ def test_a_lesson_runs_in_its_time_and_draws_its_pictures(lesson, tmp_path):
         assert f"prediction {name}: " in done.stdout
 
 
-@pytest.mark.lessons
-@EACH
-def test_a_lesson_runs_as_a_notebook(lesson, tmp_path, monkeypatch):
-    jupytext = pytest.importorskip("jupytext")
-    notebook = jupytext.read(lesson.path)
-    kinds = [cell.cell_type for cell in notebook.cells]
-    assert kinds.count("markdown") == lesson.path.read_text(encoding="utf-8").count("# %% [markdown]")
-    for cell in notebook.cells:
-        assert not (cell.cell_type == "markdown" and '"""' in cell.source)
-    # As a kernel runs it: cell by cell, in one namespace, without a __file__.
-    shutil.copytree(FOLDER / "recorded", tmp_path / "recorded")
-    script = tmp_path / "notebook.py"
-    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
-    script.write_text(f"names = {{}}\nfor source in {sources!r}:\n    exec(compile(source, 'cell', 'exec'), names)\n")
-    done = run(script, tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert list((tmp_path / "figures").glob(f"{lesson.number}_*"))
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 

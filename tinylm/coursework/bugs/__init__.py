@@ -1,8 +1,10 @@
 """The catalogue of silent bugs: each a training run with one wrong part. The clinic and the field guide are made of it.
 
-run = bugs.find("no causal mask")
-with run.in_force():
-    report = probe.run(run.state(), *run.texts(), **run.loop())
+    run = bugs.find("no causal mask")
+    with run.in_force():
+        report = probe.run(run.state(), *run.texts(), **run.loop())
+
+`BUGS` has all of them by name, in the order of `broken.py`.
 """
 
 import inspect
