@@ -2,6 +2,7 @@
 
     python lessons/record.py            # all of them: minutes
     python lessons/record.py 09         # those of lesson 09
+    python lessons/record.py 12_longer  # one of them
 
 A lesson draws what was recorded, and runs one point of it again, which must land where the recorded one is.
 """
@@ -72,24 +73,27 @@ def rates() -> dict[str, Any]:
     return {"model": model, "training": training, "entropy": LANGUAGE.entropy, "points": points}
 
 
+SMALL = {"vocab_size": 8, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
+SHORT = {"steps": 600, "batch_size": 16, "lr": 2e-2, "warmup": 30, "eval_every": 50}
+
+
+def memorise(
+    length: int, seed: int, steps: int = 600, decay: float = 0.3, batch: int = 16, **shape: Any
+) -> dict[str, float]:
+    """Lesson 12: train on the first `length` tokens; the losses on them and on fresh text at the end, and the best."""
+    random.seed(seed)
+    gpt = GPT(GPTConfig(**{**SMALL, **shape}))
+    config = TrainConfig(**{**SHORT, "steps": steps, "batch_size": batch}, weight_decay=decay, seed=seed)
+    seen = [step.val_loss for step in train(TrainState(gpt, config), TRAIN[:length], FRESH) if step.val_loss]
+    on_text = evaluate(gpt.eval(), TRAIN[: min(length, 5000)], 16, 32)
+    return {"train": round(on_text, 4), "fresh": round(seen[-1], 4), "best": round(min(seen), 4)}
+
+
 def gaps() -> dict[str, Any]:
     """Lesson 12: losses on the training text and on fresh text, by the length of that text, and by remedy."""
-    model = {"vocab_size": 8, "block_size": 32, "n_layer": 2, "n_head": 4, "n_embd": 32}
-    training = {"steps": 600, "batch_size": 16, "lr": 2e-2, "warmup": 30, "eval_every": 50}
-
-    def run(
-        length: int, seed: int, steps: int = 600, decay: float = 0.3, batch: int = 16, **shape: Any
-    ) -> dict[str, float]:
-        random.seed(seed)
-        gpt = GPT(GPTConfig(**{**model, **shape}))
-        config = TrainConfig(**{**training, "steps": steps, "batch_size": batch}, weight_decay=decay, seed=seed)
-        seen = [step.val_loss for step in train(TrainState(gpt, config), TRAIN[:length], FRESH) if step.val_loss]
-        on_text = evaluate(gpt.eval(), TRAIN[: min(length, 5000)], 16, 32)
-        return {"train": round(on_text, 4), "fresh": round(seen[-1], 4), "best": round(min(seen), 4)}
-
     lengths, remedies = {}, {}
     for length in (500, 1500, 5000, 20_000, 100_000):
-        lengths[str(length)] = [run(length, seed) for seed in (0, 1, 2)]
+        lengths[str(length)] = [memorise(length, seed) for seed in (0, 1, 2)]
         print(length, lengths[str(length)], flush=True)
     for name, options in {
         "nothing": {},
@@ -100,11 +104,25 @@ def gaps() -> dict[str, Any]:
         "one layer": {"n_layer": 1},
         "batch of 64": {"batch": 64},
     }.items():
-        remedies[name] = [run(1500, seed, **options) for seed in (0, 1, 2)]
+        remedies[name] = [memorise(1500, seed, **options) for seed in (0, 1, 2)]
         print(name, remedies[name], flush=True)
     remedies["stopping early"] = [{**each, "fresh": each["best"]} for each in remedies["nothing"]]
     remedies["20,000 tokens"] = lengths["20000"]
-    return {"model": model, "training": training, "entropy": LANGUAGE.entropy, "lengths": lengths, "remedies": remedies}
+    return {"model": SMALL, "training": SHORT, "entropy": LANGUAGE.entropy, "lengths": lengths, "remedies": remedies}
+
+
+def longer() -> dict[str, Any]:
+    """Lesson 12: remedies with more steps, and two together."""
+    runs = {}
+    for name, options in {
+        "nothing, 2000 steps": {"steps": 2000},
+        "dropout 0.1, 2000 steps": {"steps": 2000, "dropout": 0.1},
+        "dropout 0.3, 2000 steps": {"steps": 2000, "dropout": 0.3},
+        "dropout 0.1 and one layer": {"dropout": 0.1, "n_layer": 1},
+    }.items():
+        runs[name] = [memorise(1500, seed, **options) for seed in (0, 1, 2)]
+        print(name, runs[name], flush=True)
+    return {"model": SMALL, "training": SHORT, "runs": runs}
 
 
 def broken() -> dict[str, Any]:
@@ -116,12 +134,12 @@ def broken() -> dict[str, Any]:
     return {"training": vars(bugs.Run.config), "runs": runs}
 
 
-RECORDS = {"05_truncated": truncated, "09_rates": rates, "12_gaps": gaps, clinic.RECORD: broken}
+RECORDS = {"05_truncated": truncated, "09_rates": rates, "12_gaps": gaps, "12_longer": longer, clinic.RECORD: broken}
 
 
 def main() -> None:
     wanted = sys.argv[1:]
-    names = [name for name in RECORDS if not wanted or name[:2] in wanted]
+    names = [name for name in RECORDS if not wanted or name in wanted or name[:2] in wanted]
     if not names:
         sys.exit(f"record.py: nothing is recorded for {', '.join(wanted)}; there are {', '.join(RECORDS)}")
     FOLDER.mkdir(exist_ok=True)

@@ -98,7 +98,7 @@ def test_every_bug_was_recorded_as_it_is():
         assert np.isfinite([*log["loss"], *log["norm"], *log["fresh"]]).all()
 
 
-@pytest.mark.slow
+@pytest.mark.lessons
 @pytest.mark.parametrize("name", ["", "targets not shifted", "optimizer state lost at resume"])
 def test_a_run_again_lands_where_the_record_says(name):
     log, recorded = clinic.record(bugs.find(name)), RECORD["runs"][name]
@@ -130,9 +130,12 @@ def test_a_case_from_its_curves_to_its_diagnosis(cases, capsys, tmp_path):
     case.diagnose("Clipping per tensor")  # the same mistake once more
     case.diagnose("mask")  # of two bugs
     case.diagnose("no scale")  # of none
+    case.diagnose("")
     assert cases.case(4) is case
     assert not case.solved
     case.diagnose("undivided")
+    case.probe("held")  # what is known costs nothing any more
+    case.diagnose("mask off by one")
     cases.score()
     told = capsys.readouterr().out
     for line in (
@@ -147,15 +150,28 @@ def test_a_case_from_its_curves_to_its_diagnosis(cases, capsys, tmp_path):
         "case 4: right, 'accumulation undivided', after 4 probes\nThe gradients of",
         "# wrong\ndef weight(self, part, batch, accumulate):\n    return 1\n",
         "    return part / batch",
-        "1 of 12 diagnosed, with 4 probes",
+        "case 4: '' is none of clinic.names()\n",
+        "1 of 12 diagnosed, with 4 probes; in open cases: 0 probes",
     ):
         assert line in told, line
 
 
-@pytest.mark.parametrize("number", [0, 13, "4", None, 1.5])
+@pytest.mark.parametrize("number", [0, 13, "4", None, 1.5, 2.0])
 def test_a_case_that_there_is_not(cases, number):
     with pytest.raises(ValueError, match="they are numbered from 1 to 12"):
         cases.case(number)
+
+
+@pytest.mark.lessons
+@pytest.mark.parametrize("number", range(1, 13))
+def test_no_probe_says_more_than_its_result(cases, number, capsys, recwarn):
+    """A warning of an op that was replaced and did not run would name the bug."""
+    case = cases.case(number)
+    for name in probe.PROBES:
+        case.probe(name)
+    assert case.cost == 20
+    assert not recwarn.list
+    assert capsys.readouterr().err == ""
 
 
 def test_a_probe_that_there_is_not(cases):

@@ -2,28 +2,34 @@
 r"""
 # Solutions of lesson 14, the bug clinic
 
-For each case: what its dashboard says, the probe that finds the bug, and the bug. Cases 2 and 8 can be diagnosed
-without a probe. So ten probes are enough for all twelve.
+For each case: what its dashboard says, the probe that decides, and the bug. Cases 2, 4, 5 and 8 can be diagnosed
+without a probe. So eight probes are enough for all twelve. Nobody can know the others from the dashboard alone: it says
+where to ask first.
 
 1. Both losses far below $H$: it sees its targets. `causality`: no causal mask.
 2. The learning rate is 0 from step 200 on. `schedule`: schedule stepped per micro-batch.
-3. Slow from the beginning, and larger gradients: backward is suspect. `ops`: layer norm's backward without both terms.
-4. The norm of the gradient is three times that of the sound run, and there are three micro-batches. `accumulation`:
-   accumulation undivided.
-5. In the other runs the training text, with its dropout, has a higher loss than fresh text. Here they are equal, so
+3. It is behind from the first evaluation on, and after 20 steps its gradients are the larger ones: backward is suspect.
+   `ops`: layer norm's backward without both terms.
+4. The norm of the gradient is three times that of the sound run from the first point on, there are three micro-batches,
+   and the run learns all the same. `accumulation`: accumulation undivided.
+5. In the sound run the training text, with its dropout, has a higher loss than fresh text. Here they are equal, so
    fresh text has dropout too. `evaluation`: dropout left on in evaluation.
 6. It stops far above $H$: something that the language depends on is out of reach. `positions`: no positions.
-7. It is in float16, and the norm of the gradient is in the tens of thousands. `unscaling`: gradients never unscaled.
-8. The training loss is near 0 after 200 steps, and fresh text is worse than guessing: it has read hardly any text.
-   `batches`: the same batch at each step.
-9. A little slow, and the first gradients are smaller than those of the sound run: a part of some gradient is missing.
-   `gradient`: tied weight gets one of its two gradients.
-10. Nothing, before step 300 and after it. What is left is what happens only once. `resuming`: optimizer state lost at
-    resume.
-11. Fresh text is below $H$, and soon so; the model is causal, so the texts overlap. `leakage`: validation text inside
-    the training text.
-12. The norm is smaller than that of the sound run from the first step on, when the two models are still the same: it is
-    not the norm of the same thing. `clipping`: clipping per tensor.
+7. It is in float16, and the norm of the gradient is in the tens of thousands. Two bugs look like this, the other is
+   "clipping before unscaling": the probe tells. `unscaling`: gradients never unscaled.
+8. The training loss is below 0.2 after 200 steps, and fresh text is worse than guessing: it has read hardly any text.
+   (With targets that are not shifted, the training loss would be 0 after 20 steps.) `batches`: the same batch at each
+   step.
+9. A little behind from the beginning, with a norm of little more than half for the first 200 steps: a part of some
+   gradient may be missing. `held` and `ops` could say so too, and `gradient` tests all of it. `gradient`: tied weight
+   gets one of its two gradients.
+10. Equal to the sound run up to step 300; after it the norm differs a little. There the run was resumed. Two bugs of
+    the catalogue do that, and the probe tells. `resuming`: optimizer state lost at resume.
+11. Fresh text ends below $H$: the model sees the future, or the texts overlap. Either is excluded by one probe. The
+    right one is `leakage`: validation text inside the training text.
+12. Up to step 100 the losses are those of the sound run, and yet the norm is a third smaller, and stays so. The run is
+    nearly the same, so the number is another one: it is not the norm of the whole gradient. `clipping`: clipping per
+    tensor.
 """
 
 # %%

@@ -65,7 +65,7 @@ class Case:
         """Run one probe on the broken run, print its result, and count it. Raises ValueError for another name."""
         if name not in probe.PROBES:
             raise ValueError(f"there is no probe {name!r}; there are: {', '.join(probe.PROBES)}")
-        if name not in self.used:
+        if name not in self.used and not self.solved:
             self.used.append(name)
         with self.run.in_force():
             print(probe.PROBES[name](self.run.state(), *self.run.texts(), **self.run.loop()))
@@ -79,15 +79,16 @@ class Case:
         if name is None or name is Ellipsis:
             print(f"case {self.number} is not diagnosed yet; clinic.names() lists what it can be")
             return
-        meant = [bug for bug in bugs.BUGS if str(name).lower().strip() in bug.lower()]
-        meant = [bug for bug in meant if bug.lower() == str(name).lower().strip()] or meant
+        said = str(name).lower().strip()
+        meant = [bug for bug in bugs.BUGS if said and said in bug.lower()]
+        meant = [bug for bug in meant if bug.lower() == said] or meant
         if len(meant) != 1:
-            near = meant or difflib.get_close_matches(str(name).lower(), bugs.BUGS, 3, 0.3)
+            near = meant or difflib.get_close_matches(said, bugs.BUGS, 3, 0.3)
             print(
                 f"case {self.number}: {name!r} is none of clinic.names()" + (f"; {' or '.join(near)}?" if near else "")
             )
         elif meant[0] != self.run.name:
-            if meant[0] not in self.missed:
+            if meant[0] not in self.missed and not self.solved:
                 self.missed.append(meant[0])
             print(f"case {self.number}: no, it is not {meant[0]!r}; {_probes(self.cost)}")
         else:
@@ -103,15 +104,11 @@ def case(number: int) -> Case:
 
     The same number gives the same Case, with what it has cost so far. Raises ValueError for another number.
     """
-    if number not in range(1, len(CASES) + 1):
+    if not isinstance(number, int) or number not in range(1, len(CASES) + 1):
         raise ValueError(f"there is no case {number!r}: they are numbered from 1 to {len(CASES)}")
     if number not in _cases:
         _cases[number] = Case(number)
-    import matplotlib.pyplot as plt
-
-    figure = _cases[number].curves()
-    save_figure(figure, f"14_case_{number:02}")
-    plt.close(figure)
+    save_figure(_cases[number].curves(), f"14_case_{number:02}")
     return _cases[number]
 
 
@@ -125,21 +122,26 @@ def score() -> None:
     for number, each in sorted(_cases.items()):
         print(f"case {number:2}: {'diagnosed' if each.solved else 'open':10}{_probes(each.cost)}")
     solved = [each for each in _cases.values() if each.solved]
-    print(f"{len(solved)} of {len(CASES)} diagnosed, with {_probes(sum(each.cost for each in solved))}")
+    costs = [sum(each.cost for each in _cases.values() if each.solved is done) for done in (True, False)]
+    print(f"{len(solved)} of {len(CASES)} diagnosed, with {_probes(costs[0])}; in open cases: {_probes(costs[1])}")
 
 
 def dashboard(log: dict, sound: dict, title: str) -> "Figure":
     """A run's losses, gradient norms and learning rates, over those of the sound run in grey. For logs see `record`."""
     import matplotlib.pyplot as plt  # slow to import, and `check` does without
 
-    figure, (losses, norms, rates) = plt.subplots(1, 3, figsize=(12, 3.2), layout="constrained", width_ratios=[2, 1, 1])
+    figure, (losses, norms, rates) = plt.subplots(
+        1, 3, figsize=(12, 3.6), layout="constrained", width_ratios=[2, 1, 1], num=title or None, clear=True
+    )
     losses.plot(sound["evaluated"], sound["fresh"], color=GREY, linewidth=1, label="fresh text, sound run")
+    losses.plot(sound["steps"], sound["loss"], ":", color=GREY, linewidth=1, label="training text, sound run")
     losses.plot(log["steps"], log["loss"], color=ORANGE, label="training text")
     losses.plot(log["evaluated"], log["fresh"], "o-", color=BLUE, markersize=3, label="fresh text")
     bounds(losses, bugs.LANGUAGE.V, bugs.LANGUAGE.entropy)
-    losses.set_ylim(0, max(2.4, min(4.0, 1.05 * max(log["fresh"]))))
     losses.set(xlabel="step", ylabel="loss (nats a token)", title=title)
-    losses.legend(frameon=False, fontsize="small", loc="lower left")
+    if max(log["fresh"]) > losses.get_ylim()[1]:
+        losses.text(0.15, 0.93, f"fresh text: up to {max(log['fresh']):.1f}", color=BLUE, transform=losses.transAxes)
+    figure.legend(frameon=False, ncols=4, loc="outside lower left")
     for axes, key, label in ((norms, "norm", "gradient norm before clipping"), (rates, "lr", "learning rate")):
         axes.plot(sound["steps"], sound[key], color=GREY, linewidth=1)
         axes.plot(log["steps"], log[key], color=ORANGE)

@@ -41,5 +41,6 @@ def bounds(axes: "Axes", V: int, entropy: float | None = None) -> None:
         lines.append((entropy, f"H = {entropy:.2f}: the floor", "top"))  # below it: the curves are above
     for value, text, side in lines:
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-        axes.text(0.99, value, text, color=GREY, ha="right", va=side, transform=axes.get_yaxis_transform())
+        white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}  # where a curve runs through it
+        axes.text(0.99, value, text, color=GREY, ha="right", va=side, transform=axes.get_yaxis_transform(), bbox=white)
     axes.set_ylim(0, guessing * 1.15)

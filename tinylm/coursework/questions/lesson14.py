@@ -69,6 +69,9 @@ q2.wrong("not divided", "Those are the products with each part; the parts' own p
 q2.wrong("made to add up to 1", "The weights need not add up to 1: that is one of the things you want to find out.")(
     lambda parts, whole: (lambda w: w / w.sum())(micro_batch_weights(parts, whole))
 )
+q2.wrong("equal weights", "That is how it should be; find out how it is, from `whole`.")(
+    lambda parts, whole: np.full(len(parts), 1 / len(parts))
+)
 q2.wrong("one weight for all", "Each micro-batch has a weight of its own.")(
     lambda parts, whole: np.full(len(parts), parts.sum(axis=0) @ whole / (parts.sum(axis=0) ** 2).sum())
 )
@@ -107,6 +110,9 @@ def _(normal):
 q3.wrong("the spread of one sequence", "Divide by the standard error: that of a mean is smaller by the root of n.")(
     lambda losses, H: (H - losses.mean()) / losses.std(ddof=1)
 )
+q3.wrong(
+    "the spread of one sequence, with n", "Two things: divide by the root of n, and estimate with n - 1 (ddof=1)."
+)(lambda losses, H: (H - losses.mean()) / losses.std())
 q3.wrong("the other sign", "A loss below the floor is to have a positive score.")(
     lambda losses, H: -below_floor(losses, H)
 )
@@ -151,8 +157,8 @@ def looks_causal(A):
 
 @q4.valid
 def _(A):
-    fair = np.ndim(A) == 2 and A.shape[0] == A.shape[1] and 2 <= len(A) <= 8
-    return None if fair else "it must be a square matrix with 2 to 8 rows"
+    fair = np.ndim(A) == 2 and A.shape[0] == A.shape[1] and 2 <= len(A) <= 8 and (A >= 0).all()
+    return None if fair else "it must be a square matrix with 2 to 8 rows, without negative numbers"
 
 
 q4.example = np.tri(4) + np.eye(4, k=1) * [[1], [0], [0], [0]]
