@@ -187,7 +187,7 @@ for i, name in enumerate(order):
     print(f"{mean(runs, 'train'):.2f} on the training text")
 axes.axhline(len(single) - 0.5, color=GREY, linewidth=1)
 axes.axvline(language.entropy, color=GREY, linestyle="--", linewidth=1)
-axes.text(language.entropy - 0.01, len(order) - 1, "H", color=GREY, ha="right")
+axes.text(language.entropy + 0.01, len(order) - 1, "H", color=GREY)
 axes.set_yticks(range(len(order)), order)
 axes.invert_yaxis()
 axes.set(xlabel="loss on fresh text (nats a token), three seeds", title="Learning from 1,500 tokens")

@@ -199,11 +199,8 @@ for C in (2, 8, 32, 128, 512):
     inputs, weight, result = x.reshape(-1, C), y[: C * C].reshape(C, C), out.reshape(-1, C)
     linear[C] = point(2 * C, 8 + 4 * C * C / x.size, np.matmul, inputs, weight, result)
 peak, bandwidth = 1e9 * max(gflops for _, gflops in linear.values()), 12e9 * plain["add"][1]
-print(
-    f"{peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s: the roofs meet at {peak / bandwidth:.1f} FLOP/byte, ",
-    end="",
-)
-print(f"for a linear layer at C = {4 * peak / bandwidth:.0f}")
+print(f"{peak / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s: the roofs meet at {peak / bandwidth:.1f} FLOP/byte")
+print(f"a linear layer has that intensity when it is {4 * peak / bandwidth:.0f} wide")
 for kind, points in (("NumPy", plain), ("numba", compiled), ("width", linear)):
     for name, (intensity, gflops) in points.items():
         share = gflops * 1e9 / min(peak, intensity * bandwidth)
