@@ -193,15 +193,21 @@ def with_pictures(book: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def solutions(lesson: Path) -> list[nbformat.NotebookNode]:
-    """The cells of a lesson's solutions: their imports, and those of each exercise, folded."""
-    cells = jupytext.read(ROOT / "lessons" / "solutions" / lesson.name).cells[1:]  # without the title
+    """The cells of a lesson's solutions: what stands below the title, the imports, and each exercise, folded."""
+    title, *cells = jupytext.read(ROOT / "lessons" / "solutions" / lesson.name).cells
     folded, opened = [], False
+
+    def fold(summary: str) -> None:
+        nonlocal opened
+        close, opened = "</details>\n\n" * opened, True
+        folded.append(new_markdown_cell(f'{close}<details class="solution"><summary>{summary}</summary>'))
+
+    if text := title.source.partition("\n")[2].strip():
+        fold("Answers to the lesson")
+        folded.append(new_markdown_cell(text))
     for cell in cells:
-        match = re.match(r"\*\*(\d\d\.\d)\*\*\s*", cell.source)
-        if match:
-            head = f'<details class="solution"><summary>Solution of {match[1]}</summary>'
-            folded.append(new_markdown_cell("</details>\n\n" * opened + head))
-            opened = True
+        if match := re.match(r"\*\*(\d\d\.\d)\*\*\s*", cell.source):
+            fold(f"Solution of {match[1]}")
             cell.source = cell.source[match.end() :]
         folded.append(cell)
     return [*folded, new_markdown_cell("</details>")]
