@@ -138,9 +138,9 @@ def write_pages(sources: list[Path]) -> None:
         (pages / "reference" / f"{name}.rst").write_text(reference.page(name), encoding="utf-8")
     for name, chapter in CHAPTERS.items():
         (pages / f"{name}.md").write_text(chapter(pages), encoding="utf-8")
-    chapters = [*(f"lessons/{path.stem}" for path in sources), *CHAPTERS]
+    lessons = [f"lessons/{path.stem}" for path in sources]
     entries = [f"reference/{name}" for name in reference.PAGES]
-    contents = [toctree("Lessons", chapters), toctree("Reference", entries)]
+    contents = [toctree("Lessons", lessons), toctree("Beside them", list(CHAPTERS)), toctree("Reference", entries)]
     (pages / "index.md").write_text("\n".join([landing(), *contents]), encoding="utf-8")
 
 
@@ -163,16 +163,21 @@ def write_lesson(lesson: Path, pages: Path) -> None:
     book = nbformat.read(notebook(lesson), as_version=4)
     for cell in book.cells:
         cell.source = cell.source.strip("\n")
-        if cell.cell_type == "code":  # the address of an object tells a reader nothing
+        if cell.cell_type == "code":  # the address of an object and the name of a picture tell a reader nothing
+            for o in cell.outputs:
+                if o.get("name") == "stdout":
+                    o.text = re.sub(r"^picture: .*\n", "", o.text, flags=re.M)
             cell.outputs = [
-                o for o in cell.outputs if not re.fullmatch("<.* at 0x.*>", o.get("data", {}).get("text/plain", ""))
+                o
+                for o in cell.outputs
+                if not re.fullmatch("<.* at 0x.*>", o.get("data", {}).get("text/plain", "")) and o.get("text") != ""
             ]
     shutil.copy(lesson, pages / "downloads")
     nbformat.write(with_pictures(book), pages / "downloads" / f"{lesson.stem}.ipynb")
     files = ", ".join(
         f"{{download}}`{lesson.stem}{end} <../downloads/{lesson.stem}{end}>`" for end in (".py", ".ipynb")
     )
-    book.cells[0].source += f"\n\nTo run it: {files}"
+    book.cells[0].source += f"\n\nDownload: {files}"
     book.cells += [new_markdown_cell("## Solutions"), *solutions(lesson)]
     nbformat.write(book, pages / "lessons" / f"{lesson.stem}.ipynb")
 

@@ -3,10 +3,13 @@
 import sys
 from pathlib import Path
 
+import tinylm
+
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 project = "tinylm"
-html_title = "tinylm"
+html_title = f"tinylm {tinylm.__version__}"
+smartquotes = False  # a docstring has dictionaries in it
 exclude_patterns = ["downloads", "static"]
 
 extensions = [
@@ -18,7 +21,7 @@ extensions = [
     "mathematics",
     "links",
 ]
-myst_enable_extensions = ["attrs_block", "dollarmath"]
+myst_enable_extensions = ["attrs_block", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # build.py did it
 nb_merge_streams = True

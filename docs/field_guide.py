@@ -14,11 +14,13 @@ RECORD = Path(__file__).parent.parent / "lessons" / "recorded" / f"{clinic.RECOR
 HEAD = """# A field guide to the bugs
 
 Each of these {count} bugs was put, alone, into the same training run: a GPT of 27,000 parameters that learns a
-language of 8 symbols in 600 steps. No run crashes. The curves were recorded by `lessons/record.py`, over those of the
-run without a bug in grey. The probe was run on the model before its first step, and says what is printed here. All runs
-are in `tinylm.coursework.bugs`.
+language of 8 symbols in 600 steps. No run crashes. The curves were recorded by `lessons/record.py`; the grey ones are
+those of the run without a bug. The probe was run on the model before its first step, and says what is printed here. All
+runs are in `tinylm.coursework.bugs`.
 
+:::{{warning}}
 Lesson 14 lets you find twelve of them by yourself. If you want that, do it before you read on.
+:::
 
 The loss is that on fresh text at the end, in nats a token; the run without a bug has {sound:.2f}, guessing is ln V =
 2.08, and the entropy is H = {entropy:.2f}. The gradient is its median norm, over that of the run without a bug.
@@ -30,7 +32,7 @@ Differences of 0.1 in the loss are no larger than those between seeds.
 """
 
 ENTRY = """({target})=
-## {title}
+## {number}. {title}
 
 ![The losses, the gradient norm and the learning rate of this run](field_guide/{target}.png)
 
@@ -70,12 +72,19 @@ def chapter(pages: Path) -> str:
         ratio = statistics.median(log["norm"]) / statistics.median(sound["norm"])
         gradient = f"{ratio:,.0f}" if ratio > 100 else f"{ratio:.2g}"
         link = f"#{target}"
-        rows.append(f"| {number} | [{name}]({link}) | {log['fresh'][-1]:.2f} | × {gradient} | `{run.probe}` |")
+        rows.append(f"| {number} | [{name}]({link}) | {log['fresh'][-1]:.2f} | × {gradient} | `probe.{run.probe}` |")
         with run.in_force():
             found = probe.PROBES[run.probe](run.state(), *run.texts(), **run.loop())
         ((right, wrong),) = bugs.changes(type(run))
         title = name[0].upper() + name[1:]
-        parts = {"target": target, "title": title, "tells": run.tells, "probe": run.probe, "found": found}
+        parts = {
+            "target": target,
+            "number": number,
+            "title": title,
+            "tells": run.tells,
+            "probe": run.probe,
+            "found": found,
+        }
         entries.append(ENTRY.format(**parts, right=right, wrong=wrong))
     head = HEAD.format(count=len(rows), sound=sound["fresh"][-1], entropy=bugs.LANGUAGE.entropy, rows="\n".join(rows))
     return "\n".join([head, *entries])

@@ -165,7 +165,7 @@ class Anchors(SphinxTransform):
 
 # --- lessons ----------------------------------------------------------------------------------------------------------
 
-LESSONS = re.compile(r"[Ll]essons?\s+\d\d(?:(?:,|\s+and|\s+to|\s+or)*\s+\d\d)*")
+LESSONS = re.compile(r"[Ll]essons?\s+\d\d(?:(?:\s+\([^)]*\))?(?:,|\s+and|\s+to|\s+or)*\s+\d\d)*")
 LESSON = re.compile(r"((?:[Ll]esson\s+)?\d\d)")
 
 

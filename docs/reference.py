@@ -31,7 +31,7 @@ PAGES = {
 # They hand on names of the modules below them, under shorter names.
 PACKAGES = ("tinylm", "tinylm.ops", "tinylm.nn", "tinylm.data", "tinylm.runs", "tinylm.probe", "tinylm.coursework")
 # The answers of the exercises, and what the field guide shows.
-HIDDEN = {"tinylm.coursework.questions", "tinylm.coursework.bugs.broken"}
+HIDDEN = {"tinylm.coursework.questions", "tinylm.coursework.bugs.broken", "tinylm.coursework.bugs.cases"}
 
 
 def module(name: str) -> ModuleType:

@@ -187,10 +187,10 @@ for engine in ("reference", "composed"):
     with tinylm.engines(engine):
         ops.causal_attention(*leaves).backward(dy[None, None])
     grads.append([x.grad[0, 0] for x in leaves])
-print(
-    "ours and the one op differ by at most", max(abs(a - b).max() for a, b in zip((dq, dk, dv), grads[0], strict=True))
-)
-print("composed and the one op by at most   ", max(abs(a - b).max() for a, b in zip(*grads, strict=True)))
+pairs = {"ours": ((dq, dk, dv), grads[0]), "composed": grads}
+for name, (some, others) in pairs.items():
+    error = max(abs(a - b).max() for a, b in zip(some, others, strict=True))
+    print(f"{name} and the one op differ by at most {error:.0e}")
 print("gradcheck:", gradcheck(ops.causal_attention, *four))
 
 # %% [markdown]

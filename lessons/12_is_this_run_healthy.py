@@ -179,15 +179,15 @@ guess.measured(min(mean(runs, "fresh") for name, runs in single.items() if "toke
 order = [name for runs in (single, more) for name in sorted(runs, key=lambda name: mean(runs[name], "fresh"))]
 
 figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+print(f"{'mean loss on':27} fresh  training text  seeds differ")
 for i, name in enumerate(order):
     runs = (single | more)[name]
     values = [run["fresh"] for run in runs]
     axes.plot(values, [i] * 3, "o", color=ORANGE if "nothing" in name else BLUE)
-    print(f"{name:25} {mean(runs, 'fresh'):.2f} on fresh text (the seeds differ by {np.ptp(values):.2f}), ", end="")
-    print(f"{mean(runs, 'train'):.2f} on the training text")
+    print(f"{name:28}{mean(runs, 'fresh'):6.2f}{mean(runs, 'train'):15.2f}{np.ptp(values):13.2f}")
 axes.axhline(len(single) - 0.5, color=GREY, linewidth=1)
 axes.axvline(language.entropy, color=GREY, linestyle="--", linewidth=1)
-axes.text(language.entropy + 0.01, len(order) - 1, "H", color=GREY)
+axes.text(language.entropy, 1.0, "H", color=GREY, ha="center", va="bottom", transform=axes.get_xaxis_transform())
 axes.set_yticks(range(len(order)), order)
 axes.invert_yaxis()
 axes.set(xlabel="loss on fresh text (nats a token), three seeds", title="Learning from 1,500 tokens")

@@ -55,10 +55,11 @@ figure, grid = plt.subplots(3, 4, figsize=(12, 7), layout="constrained", sharex=
 for number, (axes, log) in enumerate(zip(grid.flat, broken, strict=True), 1):
     axes.plot(sound["evaluated"], sound["fresh"], color=GREY)
     axes.plot(log["evaluated"], log["fresh"], color=BLUE)
-    axes.axhline(bugs.LANGUAGE.entropy, color=GREY, linestyle="--", linewidth=1)
+    for floor_or_guessing in (bugs.LANGUAGE.entropy, np.log(bugs.LANGUAGE.V)):
+        axes.axhline(floor_or_guessing, color=GREY, linestyle="--", linewidth=1)
     axes.set(title=f"case {number}", ylim=(0, 2.6))
     if max(log["fresh"]) > 2.6:
-        axes.text(50, 2.3, f"rises to {max(log['fresh']):.1f}", color=BLUE)
+        axes.text(50, 2.25, f"rises to {max(log['fresh']):.1f}", color=BLUE)
 figure.supxlabel("step")
 figure.supylabel("loss on fresh text (nats a token)")
 save_figure(figure, "14_twelve")
@@ -67,8 +68,8 @@ save_figure(figure, "14_twelve")
 r"""
 ![The loss on fresh text of twelve broken runs, each over that of the sound run](figures/14_twelve.png)
 
-Blue is the broken run, grey the sound one, and the dashed line is $H$. A few are clearly wrong. With many you would be
-pleased.
+Blue is the broken run, grey the sound one; the dashed lines are $\ln V$, guessing, and $H$. A few are clearly wrong.
+With many you would be pleased.
 
 ## Probes
 
@@ -165,11 +166,11 @@ fits no other.
 """
 
 # %%
+print(f"the sound run ends {np.mean(sound['loss'][-5:]) - sound['fresh'][-1]:.2f} higher on the training text\n")
 for name, each in probe.PROBES.items():
     print(f"{name:14}{each.__doc__.splitlines()[0]}")
 print()
 clinic.names()
-print(f"the sound run ends at {np.mean(sound['loss'][-5:]) - sound['fresh'][-1]:.2f} higher on the training text")
 
 # %% [markdown]
 r"""
@@ -307,7 +308,7 @@ clinic.score()
 
 # %% [markdown]
 r"""
-`lessons/solutions/14_bug_clinic.py` has, for each case, what its curves say and the one probe that finds it.
+The solutions have, for each case, what its curves say and the one probe that finds it.
 
 ## In practice
 

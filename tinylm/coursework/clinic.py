@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from .. import probe
 from . import bugs
+from .bugs.cases import CASES
 from .figures import BLUE, GREY, ORANGE, bounds, save_figure
 from .place import recorded
 
@@ -22,22 +23,6 @@ if TYPE_CHECKING:
 
 RECORD = "14_clinic"
 WRONG = 2  # probes that a wrong diagnosis costs
-
-# By number, from 1. Whoever reads on knows the answers.
-CASES = (
-    "no causal mask",
-    "schedule stepped per micro-batch",
-    "layer norm's backward without both terms",
-    "accumulation undivided",
-    "dropout left on in evaluation",
-    "no positions",
-    "gradients never unscaled",
-    "the same batch at each step",
-    "tied weight gets one of its two gradients",
-    "optimizer state lost at resume",
-    "validation text inside the training text",
-    "clipping per tensor",
-)
 
 _cases: dict[int, "Case"] = {}
 
@@ -94,7 +79,7 @@ class Case:
         else:
             self.solved = True
             print(f"case {self.number}: right, {self.run.name!r}, after {_probes(self.cost)}")
-            print(textwrap.fill(self.run.tells, 100))
+            print(textwrap.fill(self.run.tells, 85))
             for right, wrong in bugs.changes(type(self.run)):
                 print(f"\n# wrong\n{wrong}\n\n# right\n{right}")
 

@@ -36,11 +36,10 @@ def save_figure(figure: Union["Figure", Picture], name: str) -> None:
 def bounds(axes: "Axes", V: int, entropy: float | None = None) -> None:
     """Draw the losses between which a model of a language lies: ln V, guessing, and its entropy if that is known."""
     guessing = math.log(V)
-    lines = [(guessing, f"ln V = {guessing:.2f}: guessing", "bottom")]
-    if entropy is not None:
-        lines.append((entropy, f"H = {entropy:.2f}: the floor", "top"))  # below it: the curves are above
-    for value, text, side in lines:
+    lines = [(guessing, f"ln V = {guessing:.2f}: guessing", 0.99, "right", "bottom")]
+    if entropy is not None:  # the label stands where few curves are: they begin high, and end near H or below
+        lines.append((entropy, f"H = {entropy:.2f}: the floor", 0.01, "left", "top"))
+    for value, text, x, ha, va in lines:
         axes.axhline(value, color=GREY, linestyle="--", linewidth=1)
-        white = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1}  # where a curve runs through it
-        axes.text(0.99, value, text, color=GREY, ha="right", va=side, transform=axes.get_yaxis_transform(), bbox=white)
+        axes.text(x, value, text, color=GREY, ha=ha, va=va, transform=axes.get_yaxis_transform())
     axes.set_ylim(0, guessing * 1.15)

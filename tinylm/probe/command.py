@@ -1,6 +1,8 @@
 """The probes on a run's newest checkpoint.
 
-tinylm probe runs/char
+    tinylm probe runs/char
+
+It exits with status 1 if something is found.
 """
 
 import sys

@@ -45,9 +45,9 @@ class Smooth:
 class Progress:
     """Shows a training run: one live line on a terminal, a plain line every few seconds elsewhere.
 
-    with Progress(steps) as progress:
-        for step in train(...):
-            progress.show(step)
+        with Progress(steps) as progress:
+            for step in train(...):
+                progress.show(step)
 
     Ctrl-C inside raises a KeyboardInterrupt that says how far the run had come.
     """

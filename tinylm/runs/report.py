@@ -1,7 +1,9 @@
 """A run, or several for comparison, as one self-contained HTML page.
 
-tinylm report runs/char
-tinylm report runs/small runs/large --out comparison.html
+    tinylm report runs/char
+    tinylm report runs/small runs/large --out comparison.html
+
+Several runs share the charts.
 """
 
 import html

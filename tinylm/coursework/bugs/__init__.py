@@ -8,6 +8,7 @@
 """
 
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from typing import Any
@@ -42,4 +43,6 @@ def changes(bug: type[Run]) -> Iterator[tuple[str, str]]:
 
 
 def _source(function: Any) -> str:
-    return textwrap.dedent(inspect.getsource(function)).rstrip()
+    source = textwrap.dedent(inspect.getsource(function)).rstrip()
+    head, colon, body = source.partition(":\n")  # type hints are not the point
+    return re.sub(r": [\w.]+(?=[,)])| -> .*", "", head) + colon + body

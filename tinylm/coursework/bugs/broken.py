@@ -3,6 +3,7 @@
 `probe` names the probe that finds it, and `name` is what the probes call it. What stands in a class is all of the bug.
 """
 
+import math
 from typing import ClassVar
 
 import numpy as np
@@ -36,7 +37,7 @@ class MaskOffByOne(Run):
     class attention(Attention):
         def masked(self, scores):
             past = np.tri(scores.shape[-1], k=1, dtype=bool)
-            return ops.where(past, scores, -np.inf)
+            return ops.where(past, scores, -math.inf)
 
 
 class HeadsMixed(Run):
@@ -108,11 +109,8 @@ class LargeWeights(Run):
         "coming back, and ends near guessing."
     )
 
-    def new_model(self):
-        model = super().new_model()
-        for p in model.parameters():
-            p.data *= 30
-        return model
+    def initial(self, weights):
+        return 30 * weights
 
 
 # --- backward ---------------------------------------------------------------------------------------------------------
@@ -163,7 +161,8 @@ class Uncorrected(Run):
     name, probe = "no bias correction", "update"
     tells = (
         "Both moments begin at 0, and the second one grows more slowly: without correction the updates of the first "
-        "dozens of steps are up to twice too large. A warmup hides it, and later nothing is left of it."
+        "dozens of steps are up to twice too large, with a second beta of 0.99 as here. A warmup hides it, and later "
+        "nothing is left of it."
     )
 
     class adamw(AdamW):
@@ -174,8 +173,9 @@ class Uncorrected(Run):
 class SharedCount(Run):
     name, probe = "one bias-correction step for all parameters", "update"
     tells = (
-        "Here all parameters begin together, so nothing happens. It acts where some join later, such as layers that "
-        "were frozen at first: their first updates are too large, like those without any correction."
+        "Here all parameters begin together, so nothing happens, and the curves are those of the sound run. It acts "
+        "where some join later, such as layers that were frozen at first: their first updates are too large, like "
+        "those without any correction."
     )
 
     class adamw(AdamW):
@@ -190,7 +190,7 @@ class CoupledDecay(Run):
     name, probe = "coupled decay", "decay"
     tells = (
         "Decay that is added to the gradient is divided by Adam's root of v like the rest of it. What has small "
-        "gradients is then pulled to 0 as strongly as the learning rate allows."
+        "gradients is then pulled to 0 as strongly as the learning rate allows. This run hardly learns."
     )
 
     class adamw(AdamW):
@@ -247,8 +247,8 @@ class NotZeroed(Run):
     name, probe = "gradients not zeroed", "zeroing"
     tells = (
         "Each step adds its gradient to those of all steps before. Here clipping limits the sum, so the norm in the "
-        "log is always a little above its threshold. Old gradients count as much as new ones, and the loss hardly "
-        "falls."
+        "log is nearly always a little above its threshold. Old gradients count as much as new ones, and the loss "
+        "hardly falls."
     )
 
     def zero(self, state):
@@ -287,7 +287,7 @@ class NeverUnscaled(Run):
     dtype = "float16"
 
     def unscaled_and_clipped(self, state):
-        state.scaler._found_inf = False
+        state.scaler._found_inf = False  # what unscale_ would have found out
         return optim.clip_grad_norm_(state.optimizer.parameters(), state.config.clip)
 
 
@@ -359,8 +359,8 @@ class MomentsLost(Run):
 class StreamLost(Run):
     name, probe = "random state lost at resume", "resuming"
     tells = (
-        "Dropout draws other numbers than it would have without the break. The run is as good as before, and is not "
-        "the same run any more: whoever looks for a bug by repeating it will not find it again."
+        "Dropout draws other numbers than it would have without the break, which no curve shows. The run is as good "
+        "as before, and is not the same run any more: whoever looks for a bug by repeating it will not find it again."
     )
 
     def load(self, state, saved):

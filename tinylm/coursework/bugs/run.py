@@ -124,7 +124,12 @@ class Run:
         model = self.model(gpt.GPTConfig(LANGUAGE.V, 32, n_layer=2, n_head=4, n_embd=32, dropout=0.1))
         for block in model.transformer.h:
             block.attn.__class__ = self.attention
+        for p in model.parameters():
+            p.data = self.initial(p.data)
         return model
+
+    def initial(self, weights: np.ndarray) -> np.ndarray:
+        return weights
 
     def groups(self, model: Any) -> list[dict[str, Any]]:
         """Matrices decay; biases and layer norms do not."""
