@@ -461,7 +461,7 @@ def test_a_full_disk_loses_nothing(to_the_end, nest, cwd, unbroken, calls):
         full_disk(first, 10**9 if to_the_end else first, nest, cwd, unbroken)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("to_the_end", [False, True], ids=["once", "from then on"])
 def test_a_disk_that_is_full_at_any_call_loses_nothing(to_the_end, nest, cwd, unbroken, calls):
     assert calls > 100

@@ -663,7 +663,7 @@ def assert_survived(found, save_every, folder, whole, arguments):
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="looks at /proc")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("how", "kills", "save_every"), [("moments", 50, 2), pytest.param("calls", 80, 1, marks=LINUX)]
 )

@@ -108,22 +108,22 @@ def _(normal):
 
 
 q3.wrong("the spread of one sequence", "Divide by the standard error: that of a mean is smaller by the root of n.")(
-    lambda losses, H: (H - losses.mean()) / losses.std(ddof=1)
+    lambda losses, entropy: (entropy - losses.mean()) / losses.std(ddof=1)
 )
 q3.wrong(
     "the spread of one sequence, with n", "Two things: divide by the root of n, and estimate with n - 1 (ddof=1)."
-)(lambda losses, H: (H - losses.mean()) / losses.std())
+)(lambda losses, entropy: (entropy - losses.mean()) / losses.std())
 q3.wrong("the other sign", "A loss below the floor is to have a positive score.")(
-    lambda losses, H: -below_floor(losses, H)
+    lambda losses, entropy: -below_floor(losses, entropy)
 )
 q3.wrong("n for n - 1", "The spread is estimated around the mean of the same numbers: divide by n - 1 (ddof=1).")(
-    lambda losses, H: (H - losses.mean()) / (losses.std() / np.sqrt(len(losses)))
+    lambda losses, entropy: (entropy - losses.mean()) / (losses.std() / np.sqrt(len(losses)))
 )
 q3.wrong("divided by n", "The standard error falls with the root of n, not with n.")(
-    lambda losses, H: (H - losses.mean()) / (losses.std(ddof=1) / len(losses))
+    lambda losses, entropy: (entropy - losses.mean()) / (losses.std(ddof=1) / len(losses))
 )
 q3.wrong("the variance", "The standard error has the standard deviation, which is the root of the variance.")(
-    lambda losses, H: (H - losses.mean()) / (losses.var(ddof=1) / np.sqrt(len(losses)))
+    lambda losses, entropy: (entropy - losses.mean()) / (losses.var(ddof=1) / np.sqrt(len(losses)))
 )
 
 
