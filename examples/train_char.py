@@ -189,11 +189,13 @@ def loop(
 
 def measured(steps: Iterator[Step], model: GPT, run: Run, config: dict[str, Any]) -> Iterator[Step]:
     """The steps; what the first one took is written into the run's configuration, for the report."""
-    with track_memory(model) as memory:
+    with track_memory(model, seldom=True) as memory:
         first = list(itertools.islice(steps, 1))
-    if memory.peak.total:  # otherwise it was only the evaluation that a killed process did not come to
-        found = {"parameters": model.num_parameters(), "tape": memory.peak.total}
-        with suppress(OSError):  # a full disk: training goes on, and says so
+    tape = memory.peak.total
+    del memory  # and all that it counted
+    if tape:  # otherwise it was only the evaluation that a killed process did not come to
+        found = {"parameters": model.num_parameters(), "tape": tape}
+        with suppress(OSError):  # a full disk: the report will not have it
             run.write_config({**config, MEASURED: found})
     yield from first
     yield from steps

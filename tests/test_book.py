@@ -274,3 +274,30 @@ def test_wrong_options_get_one_line(clone):
         assert done.returncode == 2
         assert said in done.stderr
     assert (clone / "full" / "mine.txt").exists()
+
+
+# --- the field guide --------------------------------------------------------------------------------------------------
+
+
+def test_the_field_guide_says_of_each_bug_what_it_is(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    import field_guide
+
+    from tinylm.coursework import bugs
+
+    text = field_guide.chapter(tmp_path)
+    logs = json.loads((ROOT / "lessons" / "recorded" / "14_clinic.json").read_text())["runs"]
+    entries = re.split(r"^\(bug-\d\d\)=\n", text, flags=re.M)
+    assert len(entries) == len(bugs.BUGS) + 1
+    pictures = set()
+    for number, (name, entry) in enumerate(zip(bugs.BUGS, entries[1:], strict=True), 1):
+        bug = bugs.BUGS[name]
+        assert f"| [{name}](#bug-{number:02}) | {logs[name]['fresh'][-1]:.2f} |" in entries[0]
+        assert entry.startswith(f"## {number}. {name[0].upper()}{name[1:]}\n")
+        assert bug.tells in entry
+        ((right, wrong),) = bugs.changes(bug)
+        assert re.search(re.escape(wrong) + r".*In the place of.*" + re.escape(right), entry, re.S)
+        assert f"FOUND {bug.probe} " in entry
+        assert f"{name}: " in entry.partition("FOUND")[2]
+        pictures.add((tmp_path / "field_guide" / f"bug-{number:02}.png").read_bytes())
+    assert len(pictures) == len(bugs.BUGS)  # each has curves of its own

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tinylm import probe
+from tinylm import probe, random
 from tinylm.coursework import bugs, clinic
 from tinylm.coursework.bugs.run import AdamW
 from tinylm.training import evaluate, train
@@ -65,6 +65,9 @@ def test_the_sound_run_computes_what_tinylm_does():
     own.optimizer.__class__ = AdamW.__base__
     for p in own.model.modules():
         p.training = True
+    for one in (state, own):  # weights at which attention is not uniform
+        for i, p in enumerate(one.model.parameters()):
+            p.data += 0.3 * np.random.default_rng(i).standard_normal(p.shape).astype(p.dtype)
     state.config = own.config = type(run.config)(**{**vars(run.config), "accumulate": 1, "eval_every": 0})
     for one in (state, own):  # dropout draws its masks in another order
         for module in one.model.modules():
@@ -171,7 +174,15 @@ def test_no_probe_says_more_than_its_result(cases, number, capsys, recwarn):
         case.probe(name)
     assert case.cost == 20
     assert not recwarn.list
-    assert capsys.readouterr().err == ""
+    told = capsys.readouterr()
+    assert told.err == ""
+    assert re.search(rf"^FOUND {case.run.probe} .*\n +{re.escape(case.run.name)}: ", told.out, re.M)
+
+
+def test_a_probe_leaves_the_callers_random_stream(cases):
+    random.seed(7)
+    cases.case(2).probe("held")
+    assert random.state() == (7, 0, 0)
 
 
 def test_a_probe_that_there_is_not(cases):

@@ -351,3 +351,18 @@ def test_accumulation_has_the_memory_of_one_micro_batch():
     assert peak(8, 4) == peak(2, 1)
     assert peak(8, 3) == peak(3, 1)  # ragged: 2, 3 and 3
     assert peak(8, 1)[0] > 3.5 * peak(8, 4)[0]
+
+
+@pytest.mark.parametrize(("recompute", "part"), [(0, 1.0), (1, 1.0), (3, 0.95)])
+def test_counting_seldom_finds_nearly_the_same_peak(recompute, part):
+    peaks, counts = [], []
+    for seldom in (False, True):
+        random.seed(0)
+        model = GPT(GPTConfig(20, 16, n_layer=9, n_head=2, n_embd=16, recompute=recompute))
+        x, y = np.random.default_rng(1).integers(20, size=(2, 4, 16))
+        with track_memory(model, seldom=seldom) as memory:
+            model.loss(x, y).backward()
+        peaks.append(memory.peak.total)
+        counts.append(len(memory.timeline))
+    assert part * peaks[0] <= peaks[1] <= peaks[0]
+    assert counts[1] < counts[0] / 2

@@ -667,6 +667,28 @@ def test_a_signal_where_python_can_raise_nothing_is_no_traceback_and_not_lost(nu
         assert done.stderr == ("-c: interrupted\n" if number == signal.SIGINT else "-c: stopped\n")
 
 
+def test_a_second_ctrl_c_where_python_can_raise_nothing_interrupts_all_the_same(tmp_path):
+    program = """
+import signal, time
+from tinylm import cli
+
+class Held:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+
+def main():
+    held = Held()
+    with cli.Stop():
+        signal.raise_signal(signal.SIGINT)
+        del held
+        time.sleep(60)
+
+cli.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (130, "-c: interrupted\n")
+
+
 def test_ctrl_c_interrupts_when_asked_for_twice_and_only_once():
     ready, reached = True, False
 

@@ -167,6 +167,10 @@ def columns(seconds, tokens=96, first=1):
         ({**CONFIG, "n_embd": None}, PLAN),
         ({**CONFIG, "n_embd": [32]}, PLAN),
         ({**CONFIG, "steps": math.inf}, SHAPES),
+        ({**CONFIG, "vocab_size": 10**400}, PLAN),
+        ({**CONFIG, "n_layer": 10**8}, set()),
+        ({**CONFIG, "threads": 10**8}, set()),
+        ({**CONFIG, "batch_size": 10**400}, SHAPES),
     ],
 )  # fmt: skip
 def test_what_a_configuration_predicts(config, known):

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
-from typing import Any, NoReturn, TypeVar
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import numpy as np
 
@@ -93,6 +93,8 @@ def run(main: Callable[[], None]) -> NoReturn:
     def unraisable(what: Any) -> None:
         # Raised where Python cannot pass it on, in __del__ or a weak reference's callback: the signal comes once more.
         if isinstance(what.exc_value, KeyboardInterrupt | Stopped):
+            if Stop.active is not None:
+                Stop.active._interrupted = False  # it was not
             again = threading.Timer(0.01, os.kill, (os.getpid(), getattr(what.exc_value, "status", 130) - 128))
             again.daemon = True
             again.start()
@@ -195,19 +197,24 @@ class Stop:
     (nohup; & in a script) stays ignored.
     """
 
+    active: ClassVar["Stop | None"] = None
+
     def __init__(self, ready: Callable[[], bool] = lambda: True) -> None:
         self.signal = 0
         self._ready = ready
         self._interrupted = False
 
     def __enter__(self) -> "Stop":
+        Stop.active = self
         self._before = {number: signal.signal(number, self._asked) for number in _signals()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.signal and kind is not None:
             self._interrupted = True  # the program ends: its handlers stay, and do nothing
+            Stop.active = None
             return
+        Stop.active = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self.signal:  # it came after the last check

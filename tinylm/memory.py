@@ -53,10 +53,12 @@ class track_memory(Block):
 
     `model` and `optimizer` are optional; with them, gradients, parameters and optimizer state are in the table too.
     `now` and `peak` are Snapshots; `timeline` has one for each count. Slow: meant for a step, not for a run.
+    `seldom` counts when a backward begins and after every so many ops only: fast, and the peak is nearly the same.
     """
 
-    def __init__(self, model: Module | None = None, optimizer: Optimizer | None = None):
+    def __init__(self, model: Module | None = None, optimizer: Optimizer | None = None, seldom: bool = False):
         super().__init__(tracker=self)
+        self.seldom, self._uncounted = seldom, 0  # ops since the last count
         self.parameters = list(model.parameters()) if model is not None else []
         self.optimizer = optimizer
         self.timeline: list[Snapshot] = []
@@ -79,11 +81,16 @@ class track_memory(Block):
     def look(self, walk: autograd.Walk | None = None) -> None:
         """Count what is held now; the engine calls it after it has released a node of a walk."""
         with self._lock:
+            begins = walk is not None and walk not in self._walks
             if walk is not None:
                 self._walks.add(walk)
-            self._look()
+            self._look(begins)
 
-    def _look(self) -> None:
+    def _look(self, now: bool = False) -> None:
+        self._uncounted += 1
+        if self.seldom and not now and self._uncounted < len(self._nodes) / 10:  # a count looks at every node
+            return
+        self._uncounted = 0
         seen_leaves = {id(p): p for p in (ref() for ref in self._leaves.values()) if p is not None}
         leaves = {id(p): p for p in self.parameters} | seen_leaves
         ours = [p for p in leaves.values() if id(buffer_of(p.data)) in self._weights]

@@ -8,6 +8,7 @@
 Whoever needs the fewest probes wins. The cases are runs of `bugs`; their curves were recorded, the probes run live.
 """
 
+import contextvars
 import difflib
 import textwrap
 from typing import TYPE_CHECKING
@@ -48,13 +49,16 @@ class Case:
 
     def probe(self, name: str) -> None:
         """Run one probe on the broken run, print its result, and count it. Raises ValueError for another name."""
-        if name not in probe.PROBES:
+        if not isinstance(name, str) or name not in probe.PROBES:
             raise ValueError(f"there is no probe {name!r}; there are: {', '.join(probe.PROBES)}")
+        print(contextvars.copy_context().run(self._result, name))  # the caller's random stream stays
         if name not in self.used and not self.solved:
             self.used.append(name)
-        with self.run.in_force():
-            print(probe.PROBES[name](self.run.state(), *self.run.texts(), **self.run.loop()))
         print(f"case {self.number}: {_probes(self.cost)}")
+
+    def _result(self, name: str) -> str:
+        with self.run.in_force():
+            return str(probe.PROBES[name](self.run.state(), *self.run.texts(), **self.run.loop()))
 
     def diagnose(self, name: str | None) -> None:
         """Name the bug, or give a part of its name; None: not yet. A wrong diagnosis counts as two probes.
@@ -68,7 +72,7 @@ class Case:
         meant = [bug for bug in bugs.BUGS if said and said in bug.lower()]
         meant = [bug for bug in meant if bug.lower() == said] or meant
         if len(meant) != 1:
-            near = meant or difflib.get_close_matches(said, bugs.BUGS, 3, 0.3)
+            near = meant if len(meant) in (2, 3) else difflib.get_close_matches(said, bugs.BUGS, 3, 0.3)
             print(
                 f"case {self.number}: {name!r} is none of clinic.names()" + (f"; {' or '.join(near)}?" if near else "")
             )

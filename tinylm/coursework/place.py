@@ -16,5 +16,8 @@ def folder() -> Path:
 
 
 def recorded(name: str) -> dict[str, Any]:
-    """What `record.py` wrote into recorded/NAME.json, beside the lesson."""
-    return json.loads((folder() / "recorded" / f"{name}.json").read_text(encoding="utf-8"))
+    """What `record.py` wrote into recorded/NAME.json, beside the lesson. Raises FileNotFoundError elsewhere."""
+    path = folder() / "recorded" / f"{name}.json"
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: work in the folder that `tinylm lessons start DIR` makes")
+    return json.loads(path.read_text(encoding="utf-8"))

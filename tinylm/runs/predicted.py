@@ -83,9 +83,12 @@ def step_time(times: np.ndarray) -> float | None:
 
 
 def _made(cls: type[Config], config: Mapping[str, Any]) -> Config | None:
-    """The dataclass, if `config` has all its fields."""
+    """The dataclass, if `config` has all its fields, and no size beyond what a machine has."""
     try:
-        return cls(**{field.name: config[field.name] for field in fields(cls)})
+        made = cls(**{field.name: config[field.name] for field in fields(cls)})
+        sizes = [value for value in vars(made).values() if isinstance(value, int)]
+        walked = [config.get("n_layer", 0), config.get("threads", 0)]  # one by one
+        return made if max(sizes) < 10**12 and max(walked) < 10**4 else None
     except (LookupError, TypeError, ValueError):
         return None
 

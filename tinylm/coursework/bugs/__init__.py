@@ -38,6 +38,7 @@ def changes(bug: type[Run]) -> Iterator[tuple[str, str]]:
         own = vars(wrong).items() if isinstance(wrong, type) else ()
         pairs: list[Any] = [(getattr(right, name, None), method) for name, method in own] if own else [(right, wrong)]
         for sound, mistaken in pairs:
+            # A twin of an op must replace both halves: the one that only calls the right one is not part of the bug.
             if inspect.isfunction(mistaken) and f"{sound.__qualname__}(" not in inspect.getsource(mistaken):
                 yield _source(sound), _source(mistaken)
 
