@@ -353,7 +353,7 @@ def test_accumulation_has_the_memory_of_one_micro_batch():
     assert peak(8, 1)[0] > 3.5 * peak(8, 4)[0]
 
 
-@pytest.mark.parametrize(("recompute", "part"), [(0, 1.0), (1, 1.0), (3, 0.95)])
+@pytest.mark.parametrize(("recompute", "part"), [(0, 1.0), (1, 0.95), (3, 0.95)])
 def test_counting_seldom_finds_nearly_the_same_peak(recompute, part):
     peaks, counts = [], []
     for seldom in (False, True):
