@@ -185,6 +185,16 @@ def test_a_probe_leaves_the_callers_random_stream(cases):
     assert random.state() == (7, 0, 0)
 
 
+def test_the_dashboard_is_that_of_the_case(cases):
+    losses, norms, rates = cases.case(2).curves().axes
+    log, sound = (RECORD["runs"][name] for name in (clinic.CASES[1], ""))
+    drawn = [list(line.get_ydata()) for line in losses.lines]
+    for curve in (sound["fresh"], sound["loss"], log["loss"], log["fresh"]):
+        assert curve in drawn
+    for axes, key in ((norms, "norm"), (rates, "lr")):
+        assert [list(line.get_ydata()) for line in axes.lines] == [sound[key], log[key]]
+
+
 def test_a_probe_that_there_is_not(cases):
     with pytest.raises(ValueError, match="there is no probe 'loss curve'; there are: batches, "):
         cases.case(1).probe("loss curve")

@@ -667,6 +667,21 @@ def test_a_signal_where_python_can_raise_nothing_is_no_traceback_and_not_lost(nu
         assert done.stderr == ("-c: interrupted\n" if number == signal.SIGINT else "-c: stopped\n")
 
 
+def test_another_error_where_python_can_raise_nothing_is_printed_as_ever(tmp_path):
+    program = """
+from tinylm import cli
+
+class Held:
+    def __del__(self):
+        raise KeyError("lost")
+
+cli.run(lambda: Held() and None)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0
+    assert done.stderr.endswith("KeyError: 'lost'\n")
+
+
 def test_a_second_ctrl_c_where_python_can_raise_nothing_interrupts_all_the_same(tmp_path):
     program = """
 import signal, time
