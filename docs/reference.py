@@ -66,7 +66,8 @@ def public(module: ModuleType) -> list[Any]:
         and (inspect.isfunction(value) or inspect.isclass(value))
         and value.__module__ == module.__name__
         and value.__name__ == name
-        and (value.__doc__ or module.__package__ != "tinylm.ops")  # of most ops the function says all
+        # A function without a docstring is not for readers; of most ops the function says all.
+        and (value.__doc__ or (inspect.isclass(value) and module.__package__ != "tinylm.ops"))
     ]
 
 
@@ -79,7 +80,7 @@ def catalogue() -> dict[str, Any]:
         for name in getattr(module(package), "__all__", vars(module(package))):
             value = getattr(module(package), name)
             ours = getattr(value, "__module__", "") or ""
-            if (inspect.isfunction(value) or inspect.isclass(value)) and ours.startswith("tinylm.") and name[0] != "_":
+            if (inspect.isfunction(value) or inspect.isclass(value)) and ours.startswith(package) and name[0] != "_":
                 found.setdefault(id(value), f"{package}.{name}")
     for page in PAGES:
         for name in modules(page):
