@@ -6,7 +6,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from tinylm import probe
 from tinylm.coursework import bugs, clinic
 
 RECORD = Path(__file__).parent.parent / "lessons" / "recorded" / f"{clinic.RECORD}.json"
@@ -36,7 +35,7 @@ ENTRY = """({target})=
 
 ![The losses, the gradient norm and the learning rate of this run](field_guide/{target}.png)
 
-{tells}
+{run.tells}
 
 The wrong lines:
 
@@ -50,7 +49,7 @@ In the place of:
 {right}
 ```
 
-The probe `tinylm.probe.{probe}`:
+The probe `tinylm.probe.{run.probe}`:
 
 ```text
 {found}
@@ -73,18 +72,17 @@ def chapter(pages: Path) -> str:
         gradient = f"{ratio:,.0f}" if ratio > 100 else f"{ratio:.2g}"
         link = f"#{target}"
         rows.append(f"| {number} | [{name}]({link}) | {log['fresh'][-1]:.2f} | × {gradient} | `probe.{run.probe}` |")
-        with run.in_force():
-            found = probe.PROBES[run.probe](run.state(), *run.texts(), **run.loop())
         ((right, wrong),) = bugs.changes(type(run))
-        title = name[0].upper() + name[1:]
-        parts = {
-            "target": target,
-            "number": number,
-            "title": title,
-            "tells": run.tells,
-            "probe": run.probe,
-            "found": found,
-        }
-        entries.append(ENTRY.format(**parts, right=right, wrong=wrong))
+        entries.append(
+            ENTRY.format(
+                target=target,
+                number=number,
+                title=name[0].upper() + name[1:],
+                run=run,
+                wrong=wrong,
+                right=right,
+                found=run.probed(run.probe),
+            )
+        )
     head = HEAD.format(count=len(rows), sound=sound["fresh"][-1], entropy=bugs.LANGUAGE.entropy, rows="\n".join(rows))
     return "\n".join([head, *entries])

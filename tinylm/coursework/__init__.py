@@ -12,11 +12,11 @@ import importlib
 import textwrap
 from typing import Any
 
-from . import clinic, questions
+from . import questions
 from .predictions import predict
 from .question import QUESTIONS, Question
 
-__all__ = ["check", "clinic", "find", "hint", "predict"]
+__all__ = ["check", "find", "hint", "predict"]  # the clinic is a module, imported when it is asked for
 
 _hints: dict[str, int] = {}  # how many hints of a question were given
 

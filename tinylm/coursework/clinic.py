@@ -8,7 +8,6 @@
 Whoever needs the fewest probes wins. The cases are runs of `bugs`; their curves were recorded, the probes run live.
 """
 
-import contextvars
 import difflib
 import textwrap
 from typing import TYPE_CHECKING
@@ -51,14 +50,10 @@ class Case:
         """Run one probe on the broken run, print its result, and count it. Raises ValueError for another name."""
         if not isinstance(name, str) or name not in probe.PROBES:
             raise ValueError(f"there is no probe {name!r}; there are: {', '.join(probe.PROBES)}")
-        print(contextvars.copy_context().run(self._result, name))  # the caller's random stream stays
+        print(self.run.probed(name))
         if name not in self.used and not self.solved:
             self.used.append(name)
         print(f"case {self.number}: {_probes(self.cost)}")
-
-    def _result(self, name: str) -> str:
-        with self.run.in_force():
-            return str(probe.PROBES[name](self.run.state(), *self.run.texts(), **self.run.loop()))
 
     def diagnose(self, name: str | None) -> None:
         """Name the bug, or give a part of its name; None: not yet. A wrong diagnosis counts as two probes.

@@ -4,6 +4,7 @@ A GPT of 27,000 parameters learns a language of 8 symbols. Everything that tinyl
 out in pieces: attention, the model, AdamW, a step, an evaluation. It is slower, and computes the same.
 """
 
+import contextvars
 import copy
 import math
 import warnings
@@ -14,10 +15,11 @@ from typing import Any, ClassVar
 import numpy as np
 from threadpoolctl import threadpool_limits
 
-from ... import gpt, ops, optim, random
+from ... import gpt, ops, optim, probe, random
 from ...autograd import Op, no_grad
 from ...data import Markov, get_batch
 from ...precision import autocast
+from ...probe.subject import Result
 from ...registry import override
 from ...tensor import Tensor
 from ...training import TrainConfig, TrainState
@@ -206,6 +208,15 @@ class Run:
     def loop(self) -> dict[str, Any]:
         """The loop, as `probe.run` takes it."""
         return {"step": self.step, "evaluate": self.evaluate, "save": self.save, "load": self.load}
+
+    def probed(self, name: str) -> Result:
+        """What a probe finds before the first step. The caller's random stream stays as it is."""
+
+        def ask() -> Result:
+            with self.in_force():
+                return probe.PROBES[name](self.state(), *self.texts(), **self.loop())
+
+        return contextvars.copy_context().run(ask)
 
     def train(self) -> dict[str, list[Any]]:
         """Train from the beginning to the end. Returns what a log holds, step by step.
