@@ -79,23 +79,32 @@ def memorise(
     return {"train": round(on_text, 4), "fresh": round(seen[-1], 4), "best": round(min(seen), 4)}
 
 
+def on_1500(ways: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
+    """Lesson 12: each way of training on 1,500 tokens, with three seeds."""
+    runs = {}
+    for name, options in ways.items():
+        runs[name] = [memorise(1500, seed, **options) for seed in (0, 1, 2)]
+        print(name, runs[name], flush=True)
+    return runs
+
+
 def gaps() -> dict[str, Any]:
     """Lesson 12: losses on the training text and on fresh text, by the length of that text, and by remedy."""
-    lengths, remedies = {}, {}
+    lengths = {}
     for length in (500, 1500, 5000, 20_000, 100_000):
         lengths[str(length)] = [memorise(length, seed) for seed in (0, 1, 2)]
         print(length, lengths[str(length)], flush=True)
-    for name, options in {
-        "nothing": {},
-        "dropout 0.1": {"dropout": 0.1},
-        "dropout 0.3": {"dropout": 0.3},
-        "weight decay 1": {"decay": 1.0},
-        "half as wide": {"n_embd": 16},
-        "one layer": {"n_layer": 1},
-        "batch of 64": {"batch": 64},
-    }.items():
-        remedies[name] = [memorise(1500, seed, **options) for seed in (0, 1, 2)]
-        print(name, remedies[name], flush=True)
+    remedies = on_1500(
+        {
+            "nothing": {},
+            "dropout 0.1": {"dropout": 0.1},
+            "dropout 0.3": {"dropout": 0.3},
+            "weight decay 1": {"decay": 1.0},
+            "half as wide": {"n_embd": 16},
+            "one layer": {"n_layer": 1},
+            "batch of 64": {"batch": 64},
+        }
+    )
     remedies["stopping early"] = [{**each, "fresh": each["best"]} for each in remedies["nothing"]]
     remedies["20,000 tokens"] = lengths["20000"]
     return {"model": SMALL, "training": SHORT, "entropy": LANGUAGE.entropy, "lengths": lengths, "remedies": remedies}
@@ -103,15 +112,14 @@ def gaps() -> dict[str, Any]:
 
 def longer() -> dict[str, Any]:
     """Lesson 12: remedies with more steps, and two together."""
-    runs = {}
-    for name, options in {
-        "nothing, 2000 steps": {"steps": 2000},
-        "dropout 0.1, 2000 steps": {"steps": 2000, "dropout": 0.1},
-        "dropout 0.3, 2000 steps": {"steps": 2000, "dropout": 0.3},
-        "dropout 0.1 and one layer": {"dropout": 0.1, "n_layer": 1},
-    }.items():
-        runs[name] = [memorise(1500, seed, **options) for seed in (0, 1, 2)]
-        print(name, runs[name], flush=True)
+    runs = on_1500(
+        {
+            "nothing, 2000 steps": {"steps": 2000},
+            "dropout 0.1, 2000 steps": {"steps": 2000, "dropout": 0.1},
+            "dropout 0.3, 2000 steps": {"steps": 2000, "dropout": 0.3},
+            "dropout 0.1 and one layer": {"dropout": 0.1, "n_layer": 1},
+        }
+    )
     return {"model": SMALL, "training": SHORT, "runs": runs}
 
 

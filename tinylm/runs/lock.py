@@ -24,8 +24,7 @@ class Lock:
             os.close(self.descriptor)
         self.descriptor = None
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = close
 
 
 def lock(folder: Path) -> Lock:
